@@ -1,0 +1,24 @@
+# `make demo` and `make test` each set up everything they need in .venv; a second run starts at once.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test lint clean
+
+setup:
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) was not found: install Python 3.10 or newer, or run make PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(PYTHON) launch/bootstrap.py
+
+demo: setup
+	@$(BIN)/python -m launch.demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+clean:
+	rm -rf .venv out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

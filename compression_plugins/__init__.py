@@ -1,0 +1,33 @@
+"""Communication compression for Horovod and DeepSpeed.
+
+Most jobs never import this package: `horovodrun --compression scalecom ...` or a block `communication_compression` in a
+DeepSpeed config is enough. The names below are for scripts that choose a scheme themselves.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapters.horovod import Compression as Compression
+    from .config import Config as Config
+    from .errors import CompressionError as CompressionError
+    from .reducer import Reducer as Reducer
+    from .registry import register as register
+
+__version__ = "0.1.0"
+_PLACES = {
+    "Compression": ".adapters.horovod",
+    "CompressionError": ".errors",
+    "Config": ".config",
+    "Reducer": ".reducer",
+    "register": ".registry",
+}
+__all__ = [*_PLACES, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name], __name__), name)

@@ -1,0 +1,103 @@
+"""One door for unmodified scripts: install an adapter when, and only when, its host is imported.
+
+`autoload` is called by torch's plug-in mechanism (entry-point group `torch.backends`) at the end of `import torch`, and by
+a `.pth` line at interpreter start. Both happen in every Python process of the environment, so this module imports
+nothing but the standard library's import machinery, and `autoload` never raises.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+#: The variable in which a launcher hands the configuration to its workers (`compression_plugins.config` reads it).
+_CONFIG_VARIABLE = "COMPRESSION_PLUGINS_CONFIG"
+
+#: Host module -> (adapter whose `install()` runs right after it, does it need a configuration in the environment?).
+#: DeepSpeed jobs ask in their own config, and `horovodrun` on its command line, so those two are always prepared.
+_ADAPTERS = {
+    "deepspeed.runtime.engine": ("compression_plugins.adapters.deepspeed", False),
+    "horovod.torch.optimizer": ("compression_plugins.adapters.horovod", True),
+    "horovod.runner.launch": ("compression_plugins.adapters.horovod_launch", False),
+}
+
+
+def autoload() -> None:
+    """Watch for the hosts; adapters of hosts that are imported already are installed now. Idempotent; never raises."""
+    try:
+        if any(isinstance(finder, HostFinder) for finder in sys.meta_path):
+            return
+        sys.meta_path.insert(0, HostFinder())
+        for name in _ADAPTERS:
+            module = sys.modules.get(name)
+            if module is not None and not getattr(module.__spec__, "_initializing", False):
+                install_adapter(name)
+    except Exception as error:  # a failure here would break `import torch` for everybody
+        warnings.warn(f"compression_plugins is inactive: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
+
+
+def install_adapter(host: str) -> None:
+    """Install the adapter of the host module `host` if this job may use it.
+
+    Raises:
+        Exception: whatever the adapter raises, but only if the job was configured to compress through the environment:
+            training on uncompressed would be a silent fallback. In any other job the host goes on untouched.
+    """
+    adapter, needs_configuration = _ADAPTERS[host]
+    configured = bool(os.environ.get(_CONFIG_VARIABLE))
+    if needs_configuration and not configured:
+        return
+    try:
+        importlib.import_module(adapter).install()
+    except Exception as error:
+        if configured:
+            raise
+        message = f"compression_plugins cannot join {host}, which stays as it is: {type(error).__name__}: {error}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+class HostFinder(MetaPathFinder):
+    """Finds nothing itself: asks the finders behind it and adds the adapter to what they found."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in _ADAPTERS:
+            return None
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            if isinstance(finder, HostFinder) or find is None:
+                continue
+            spec = find(fullname, path, target)
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = _InstallingLoader(spec.loader, fullname)
+                return spec
+        return None
+
+
+class _InstallingLoader(Loader):
+    """Executes the module as its own loader would, leaves no trace in it, then installs the adapter."""
+
+    def __init__(self, loader: Any, host: str) -> None:
+        self._loader, self._host = loader, host
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        install_adapter(self._host)

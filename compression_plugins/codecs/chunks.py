@@ -1,0 +1,24 @@
+"""Sparse tensors with exactly one value in every run of `chunk` neighbours."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .. import triton_kernels as K
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def chunk_scatter(indices: Tensor, values: Tensor, chunk: int, numel: int) -> Tensor:
+    """Dense fp32 [numel] that is `values[i]` at place `indices[i]` of chunk i, and zero elsewhere.
+
+    Args:
+        indices: int32 [ceil(numel / chunk)], offsets inside each chunk.
+        values: fp32, same length. A place beyond the end of a short last chunk must carry the value 0.
+    """
+    import torch
+
+    starts = torch.arange(0, numel, chunk, device=indices.device)
+    places = (starts + indices).clamp_(max=numel - 1)
+    return K.scatter_add(places, values, torch.zeros(numel, device=indices.device))

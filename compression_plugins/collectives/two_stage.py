@@ -1,0 +1,71 @@
+"""All-to-all of shards, decode-average-encode at the owner, all-gather."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..codecs import Codec
+    from ..memories import Memory
+    from ..schemes.base import Call, Reduction
+
+_SECOND_STAGE = 1 << 16  # random stream of the owners' encode, apart from the streams that adapters count in
+
+
+def two_stage(codec: Codec, memory: Memory | None, call: Call, x: Tensor) -> Reduction:
+    """2·b bits an element whatever the number of ranks; every rank decodes the same bytes, so all end with the same bits.
+
+    The owner of a shard averages in fp32 and encodes once more, so the codec should be unbiased or nearly exact.
+    When the host wants only its shard (`call.shards`), the second stage is left out: see `reduce_scatter`.
+    """
+    if call.shards is not None:
+        return (yield from reduce_scatter(codec, memory, call, x))
+    size = call.transport.size
+    shards = even_shards(x.numel(), size, codec.block)
+    inbox = yield from _to_owners(codec, memory, call, x, shards)
+    mine = codec.reduce(inbox, shards[call.transport.rank], call.key._replace(stream=call.key.stream + _SECOND_STAGE))
+    slot = x.new_zeros(codec.nbytes(max(shards)), dtype=mine.dtype)
+    slot[: len(mine)] = mine
+    outbox = yield call.transport.all_gather(slot)
+    result = x.new_empty(x.numel())
+    for payload, numel, out in zip(outbox, shards, result.split(list(shards))):
+        codec.decode(payload[: codec.nbytes(numel)], numel, out=out)
+    return result
+
+
+def reduce_scatter(codec: Codec, memory: Memory | None, call: Call, x: Tensor) -> Reduction:
+    """One all-to-all: each owner decodes and averages its shard; b bits an element, one rounding, any codec."""
+    assert call.shards is not None
+    inbox = yield from _to_owners(codec, memory, call, x, call.shards)
+    result = x.new_empty(x.numel())
+    mine = result.split(list(call.shards))[call.transport.rank]
+    codec.average(inbox, mine.numel(), mine)
+    return result
+
+
+def even_shards(numel: int, size: int, block: int) -> list[int]:
+    """`numel` cut into `size` shards at multiples of `block`, as even as that allows; the last ones may be short or empty."""
+    length = -(-numel // (size * block)) * block
+    return [max(0, min(length, numel - rank * length)) for rank in range(size)]
+
+
+def _to_owners(codec: Codec, memory: Memory | None, call: Call, x: Tensor, shards: Sequence[int]) -> Reduction:
+    """Send every owner its shard of `x`; the payloads received for the own shard, uint8 [size, nbytes]."""
+    import torch
+
+    lengths = [codec.nbytes(n) for n in shards]
+    outbox = torch.empty(sum(lengths), dtype=torch.uint8, device=x.device)
+    residual = call.residual() if memory else None
+    start = 0
+    for owner, (numel, slot) in enumerate(zip(shards, outbox.split(lengths))):
+        part = slice(start, start + numel)
+        key = call.key._replace(offset=8 * (start // 8 + owner))  # shards never share a random counter
+        if numel:
+            codec.encode(x[part], key, memory, residual[part] if residual is not None else None, out=slot)
+        start += numel
+    mine = lengths[call.transport.rank]
+    inbox = yield call.transport.all_to_all(outbox, lengths, [mine] * call.transport.size)
+    return inbox.view(call.transport.size, mine)

@@ -1,0 +1,176 @@
+"""One document - YAML, JSON or a dict - selects the scheme and everything about it, for every host.
+
+scheme: scalecom        # any name that `compression-plugins schemes` lists
+ratio: 100              # keys of the scheme stand beside the general ones
+warmup_steps: 500
+rules:                  # first match wins
+  - {match: "embed*", scheme: qsgd, bits: 4}
+  - {match: "head.weight", ratio: 25}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from . import registry
+from .errors import ConfigError, nearest
+from .schemes.base import Scheme
+
+#: Carries a configuration, as JSON, from a launcher to its workers.
+ENVIRONMENT_VARIABLE = "COMPRESSION_PLUGINS_CONFIG"
+_CONFIGS = Path(__file__).parent / "configs"
+
+
+class Settings(BaseModel):
+    """The keys that every scheme shares."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="seed of every random choice; same on all ranks")
+    bucket_mb: Annotated[float, Field(gt=0, le=4096)] = Field(
+        25.0, description="tensors are compressed and sent in buckets of this many MiB of fp32"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="optimizer steps sent dense before compression")
+    min_numel: Annotated[int, Field(ge=0)] = Field(1024, description="smaller tensors travel as they are")
+    exempt: list[str] = Field([], description="name patterns (shell style) of tensors that travel as they are")
+
+
+class Rule(BaseModel):
+    """Tensors whose name matches `match` use `scheme`; the first rule that matches wins."""
+
+    model_config = ConfigDict(frozen=True)
+    match: str
+    scheme: Scheme
+
+
+class Config(Settings):
+    """A validated, immutable configuration. Build one with `Config.load`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    scheme: Scheme
+    rules: tuple[Rule, ...] = ()
+
+    @classmethod
+    def load(
+        cls, source: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+    ) -> Config:
+        """Read a configuration.
+
+        Args:
+            source: name of a scheme (its shipped YAML is read), path of a YAML or JSON file, or a mapping.
+            overrides: keys that replace those of `source`; a different `scheme` drops the other scheme's keys.
+
+        Raises:
+            ConfigError: one sentence: what is wrong, where, and the nearest valid choice.
+        """
+        document, where = _read(source)
+        if overrides and overrides.get("scheme", document.get("scheme")) != document.get("scheme"):
+            document = {k: v for k, v in document.items() if k in Settings.model_fields}
+        return _build({**document, **(overrides or {})}, where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole configuration as JSON-able values; `Config.load` of it gives an equal object."""
+        general = {key: getattr(self, key) for key in Settings.model_fields}
+        rules = [{"match": r.match, **_scheme_dict(r.scheme)} for r in self.rules]
+        return {**_scheme_dict(self.scheme), **general, "rules": rules}
+
+    def digest(self) -> str:
+        """SHA-256 (hex) that two ranks share exactly when their configurations are equal."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def from_environment() -> Config | None:
+    """The configuration that a launcher exported to this process, or None."""
+    text = os.environ.get(ENVIRONMENT_VARIABLE)
+    if not text:
+        return None
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"environment variable {ENVIRONMENT_VARIABLE} is not JSON: {error}") from None
+    return Config.load(document)
+
+
+def _scheme_dict(scheme: Scheme) -> dict[str, Any]:
+    return {"scheme": scheme.name, **scheme.model_dump()}
+
+
+def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    if isinstance(source, Mapping):
+        return dict(source), "compression config"
+    path = Path(source)
+    is_file = path.suffix.lower() in {".yaml", ".yml", ".json"} or path.is_file()
+    if not is_file:
+        registry.get(str(source))
+        path = _CONFIGS / f"{source}.yaml"
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} must hold a mapping with a key 'scheme', not {type(document).__name__}")
+    return document, str(path)
+
+
+def _build(document: dict[str, Any], where: str) -> Config:
+    if "scheme" not in document:
+        raise ConfigError(f"{where}: the key 'scheme' is missing; valid: {', '.join(registry.names())}")
+    general = {k: document[k] for k in Settings.model_fields if k in document}
+    own = {k: v for k, v in document.items() if k not in {*Settings.model_fields, "scheme", "rules"}}
+    scheme = _scheme(document["scheme"], own, where, others={*Settings.model_fields, "rules"})
+    rules = document.get("rules") or []
+    if not isinstance(rules, list):
+        raise ConfigError(f"{where}: rules must be a list, not {type(rules).__name__}")
+    built = tuple(_rule(rule, scheme, f"{where}: rules[{i}]") for i, rule in enumerate(rules))
+    try:
+        settings = Settings(**general)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_first(error)}") from None
+    return Config.model_construct(**settings.model_dump(), scheme=scheme, rules=built)
+
+
+def _rule(rule: Any, default: Scheme, where: str) -> Rule:
+    if not isinstance(rule, dict) or not isinstance(rule.get("match"), str):
+        raise ConfigError(
+            f"{where}: a rule is a mapping with a text 'match', for example {{match: 'embed*', scheme: none}}"
+        )
+    own = {k: v for k, v in rule.items() if k not in {"match", "scheme"}}
+    if rule.get("scheme", default.name) == default.name:  # a rule may change only some keys of the scheme
+        own = {**default.model_dump(), **own}
+    return Rule(match=rule["match"], scheme=_scheme(rule.get("scheme", default.name), own, where, others={"match"}))
+
+
+def _scheme(name: Any, own: dict[str, Any], where: str, others: set[str]) -> Scheme:
+    if not isinstance(name, str):
+        raise ConfigError(f"{where}: scheme must be a name, not {name!r}; valid: {', '.join(registry.names())}")
+    try:
+        cls = registry.get(name)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    for key in own:
+        if key not in cls.model_fields:
+            raise ConfigError(
+                f"{where}: unknown key {key!r} for scheme {name!r}{nearest(key, {*cls.model_fields, *others, 'scheme'})}"
+            )
+    try:
+        return cls(**own)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: scheme {name!r}: {_first(error)}") from None
+
+
+def _first(error: ValidationError) -> str:
+    detail = error.errors()[0]
+    where = ".".join(str(part) for part in detail["loc"]) or "values"
+    return f"{where} = {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"

@@ -1,0 +1,45 @@
+"""Error memory: what was not sent is remembered and added to the next gradient.
+
+Four numbers cover the published methods::
+
+    p = g + alpha * r          what is compressed
+    q = decode(encode(p))      `scope="local"`: this rank's own message; `"global"`: the aggregated update
+    r = decay * r + g - sent * q
+
+Error feedback (Seide 2014; Karimireddy et al. 2019, arXiv 1901.09847) is (1, 1, 1). ScaleCom's low-pass filter (Chen et
+al. 2020, arXiv 2104.11125), written for r = m / beta, is (beta, 1, 1). ECQ-SGD (arXiv 1806.08054) is (alpha, beta, 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The law of a residual memory; the state itself, one fp32 value an element, lives in the reducer."""
+
+    alpha: float = 1.0
+    decay: float = 1.0
+    sent: float = 1.0
+    scope: Literal["local", "global"] = "local"
+
+    def kernel_arguments(self, residual: Tensor) -> dict[str, Tensor | float]:
+        """Keyword arguments of a fused encode kernel, which updates `residual` (fp32, flat) in place."""
+        return {"residual": residual, "alpha": self.alpha, "decay": self.decay, "sent": self.sent}
+
+    def compensate(self, gradient: Tensor, residual: Tensor) -> Tensor:
+        """p = g + alpha * r, for methods that no fused kernel covers."""
+        return gradient.add(residual, alpha=self.alpha)
+
+    def update(self, gradient: Tensor, residual: Tensor, decoded: Tensor) -> None:
+        """r <- decay * r + g - sent * q, in place; a non-finite gradient leaves the residual as it was."""
+        new = residual.mul(self.decay).add_(gradient).sub_(decoded, alpha=self.sent)
+        residual.copy_(new.where(new.isfinite().all(), residual))
+
+
+ERROR_FEEDBACK = Memory()

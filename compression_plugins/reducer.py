@@ -1,0 +1,179 @@
+"""Runs buckets: gradients in, averaged gradients out. Owns the state and knows no host framework."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .config import Config
+from .errors import CompressionError
+from .plan import Bucket
+from .registry import get
+from .schemes.base import Call, Reduction
+from .state import State, reshard
+from .telemetry import Telemetry
+from .transports.base import Handle, Transport
+from .triton_kernels import Key
+
+__all__ = ["Job", "Reducer", "reshard"]
+
+_MICRO_STREAMS = 1 << 8  # random streams are counted per reduction within a step
+
+
+class Job:
+    """One bucket on its way. `phase` counts the operations that it has started."""
+
+    def __init__(self, reducer: Reducer, reduction: Reduction) -> None:
+        self._reducer, self._reduction = reducer, reduction
+        self._handle: Handle | None = None
+        self._result: Tensor | None = None
+        self.done = False
+        self.phase = 0
+        self._send(None)
+
+    def poll(self) -> bool:
+        """Go as far as possible without blocking; True when the result is there."""
+        while not self.done and self._handle.poll():  # type: ignore[union-attr]
+            self.advance()
+        return self.done
+
+    def advance(self) -> None:
+        """Block until the operation in flight is done, and start the next."""
+        if not self.done:
+            self._send(self._handle.wait())  # type: ignore[union-attr]
+
+    def result(self) -> Tensor:
+        """The average, fp32 [bucket.numel]; waits for it, together with every other job of the reducer."""
+        if not self.done:
+            self._reducer.drain()
+        if self._result is None:
+            raise CompressionError("this reduction was aborted")
+        return self._result
+
+    def _send(self, value: Tensor | None) -> None:
+        try:
+            self._handle = self._reduction.send(value)
+            self.phase += 1
+        except StopIteration as stop:
+            self._result, self._handle, self.done = stop.value, None, True
+
+
+class Reducer:
+    """Averages buckets over the ranks of a transport, as a configuration says.
+
+    Args:
+        config: the same on every rank; adapters compare `config.digest()` before the first step.
+        transport: the ranks.
+        telemetry: where counters go, or None.
+        undo: keep what a step changes until `end_step`, so that a skipped step (overflow) can be taken back.
+
+    Attributes:
+        step: optimizer steps done; survives a resume.
+        exposed_s: seconds spent blocked, waiting for communication that nothing hid.
+    """
+
+    def __init__(
+        self, config: Config, transport: Transport, telemetry: Telemetry | None = None, undo: bool = False
+    ) -> None:
+        self.config, self.transport, self.telemetry = config, transport, telemetry
+        self.state = State(undo)
+        self.step = 0
+        self.exposed_s = 0.0
+        self._jobs: list[Job] = []
+        self._uses: dict[int, int] = {}  # reductions of a bucket in this step: micro-batches
+        self._dense = get("none")()
+        self._elements = 0
+
+    def start(self, bucket: Bucket, flat: Tensor, shards: Sequence[int] | None = None) -> Job:
+        """Start to average `flat` (fp32 [bucket.numel], left alone until the job is done) over ranks.
+
+        With `shards` (elements that each rank owns, in rank order) only this rank's shard of the result has meaning.
+        Where the transport is ordered, every rank must start the same buckets in the same order.
+        """
+        if flat.shape != (bucket.numel,):
+            raise CompressionError(
+                f"a bucket of {bucket.numel} elements was given a tensor of shape {tuple(flat.shape)}"
+            )
+        if shards is not None and (len(shards) != self.transport.size or sum(shards) != bucket.numel):
+            raise CompressionError(
+                f"shards {list(shards)} do not cover {bucket.numel} elements on {self.transport.size} ranks"
+            )
+        use = self._uses[bucket.id] = self._uses.get(bucket.id, -1) + 1
+        key = Key(self.config.seed, bucket.id, self.step, self.transport.rank, use * _MICRO_STREAMS)
+        call = Call(
+            transport=self.transport.scoped(f"{bucket.id:08x}"),
+            key=key,
+            step=self.step,
+            segments=bucket.segments,
+            shards=shards,
+            residual=lambda: self.state.residual(bucket),
+            state=self.state.tensor,
+        )
+        scheme = self._dense if self.step < self.config.warmup_steps else bucket.scheme
+        self._elements += bucket.numel
+        job = Job(self, scheme.reduce(flat, call) if bucket.numel else _nothing(flat))
+        if not job.done:
+            self._jobs.append(job)
+        return job
+
+    def reduce(self, bucket: Bucket, flat: Tensor, shards: Sequence[int] | None = None) -> Tensor:
+        """`start` and wait."""
+        return self.start(bucket, flat, shards).result()
+
+    def progress(self) -> None:
+        """Advance what is ready, without blocking. Where order is a contract between ranks, nothing happens."""
+        if not self.transport.ordered:
+            self._jobs = [job for job in self._jobs if not job.poll()]
+
+    def drain(self) -> None:
+        """Finish all jobs, level by level: nobody waits for a second operation while a first one is outstanding.
+
+        Job by job would deadlock where ranks hold their jobs in different orders.
+        """
+        started = time.perf_counter()
+        while self._jobs:
+            level = min(job.phase for job in self._jobs)
+            for job in self._jobs:
+                if job.phase == level:
+                    job.advance()
+            self._jobs = [job for job in self._jobs if not job.done]
+        self.exposed_s += time.perf_counter() - started
+
+    def abort(self) -> None:
+        """Forget jobs in flight, after an error or a rollback of the host."""
+        self._jobs = []
+        self._uses.clear()
+
+    def end_step(self, skipped: bool = False) -> None:
+        """Call once after each optimizer step. A skipped one leaves no trace in memory and does not count."""
+        self._uses.clear()
+        if skipped:
+            self.state.rollback()
+        else:
+            self.state.commit()
+            self.step += 1
+        if self.telemetry is not None:
+            self.telemetry.step(self, self._elements, skipped)
+        self._elements = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain dicts, numbers and tensors; loads with `torch.load(..., weights_only=True)`. Differs on every rank."""
+        return {"version": 1, "step": self.step, "size": self.transport.size, **self.state.state_dict()}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue, bit for bit, from `state_dict()` of the same rank; for another number of ranks use `reshard` first."""
+        if saved.get("version") != 1:
+            raise CompressionError(
+                f"compression state of version {saved.get('version')!r} is unknown; this package reads 1"
+            )
+        self.abort()
+        self.step = int(saved["step"])
+        self.state.load_state_dict(saved)
+
+
+def _nothing(flat: Tensor) -> Reduction:
+    return flat.clone()
+    yield  # a generator without an operation

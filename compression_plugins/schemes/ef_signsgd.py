@@ -1,0 +1,34 @@
+"""EF-signSGD: scaled signs with error feedback."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from ..codecs import Codec, Sign
+from ..memories import ERROR_FEEDBACK, Memory
+from ..registry import register
+from .base import Scheme
+
+
+@register
+class EFSignSGD(Scheme):
+    """Sends sign(p) and mean|p|, remembers the rest.
+
+    The mean is taken per block rather than per layer: layers of one bucket keep their own size, and the kernel stays one
+    pass. Memory is in gradient units (the learning rate is applied by the optimizer, after the average).
+    """
+
+    name: ClassVar[str] = "ef_signsgd"
+    paper: ClassVar[str] = "Karimireddy et al., 2019, arXiv 1901.09847"
+
+    block: Annotated[int, Field(ge=32, multiple_of=32)] = Field(1024, description="elements that share a scale")
+
+    @property
+    def memory(self) -> Memory | None:
+        return ERROR_FEEDBACK
+
+    @property
+    def codec(self) -> Codec:
+        return Sign(self.block)

@@ -1,0 +1,107 @@
+"""PowerSGD: low-rank gradients."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from ..memories import Memory
+from ..registry import register
+from .base import Call, Reduction, Scheme, Segment
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_GLOBAL = Memory(scope="global")
+
+
+@register
+class PowerSGD(Scheme):
+    """One step of power iteration, started from the last step's result: P = MQ, orthogonalize, Q = M^T P.
+
+    Two all-reduces a bucket, of all its left and then all its right factors. A matrix for which rank (n + m) >= n m, and
+    what is no matrix, travels dense beside the left factors. The memory is M minus the aggregated approximation.
+    """
+
+    name: ClassVar[str] = "powersgd"
+    paper: ClassVar[str] = "Vogels et al., 2019, arXiv 1905.13727"
+    sums_only: ClassVar[bool] = True
+
+    rank: Annotated[int, Field(ge=1, le=256)] = Field(2, description="rank of the approximation")
+
+    @property
+    def memory(self) -> Memory | None:
+        return _GLOBAL
+
+    def reduce(self, x: Tensor, call: Call) -> Reduction:
+        import torch
+
+        residual = call.residual()
+        p = _GLOBAL.compensate(x, residual)
+        parts = list(p.split([segment.numel for segment in call.segments]))
+        low = [i for i, segment in enumerate(call.segments) if self._is_low_rank(segment)]
+        dense = [i for i in range(len(parts)) if i not in set(low)]
+        matrices = [parts[i].view(call.segments[i].shape[0], -1) for i in low]  # type: ignore[index]
+        queries = [self._query(m, call, call.segments[i].name) for i, m in zip(low, matrices)]
+
+        lefts = [m @ q for m, q in zip(matrices, queries)]
+        lefts, tail = yield from _mean(call, lefts + [parts[i] for i in dense], len(low))
+        lefts = [_orthogonal(left) for left in lefts]
+        rights, _ = yield from _mean(call, [m.T @ left for m, left in zip(matrices, lefts)], len(low))
+
+        result = torch.empty_like(p)
+        outputs = result.split([segment.numel for segment in call.segments])
+        for i, left, right, query in zip(low, lefts, rights, queries):
+            torch.mm(left, right.T, out=outputs[i].view(left.shape[0], -1))
+            query.copy_(right.where(right.isfinite().all(), query))
+        for i, mean in zip(dense, tail):
+            outputs[i].copy_(mean)
+        _GLOBAL.update(x, residual, result)
+        return result
+
+    def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
+        sides = [
+            segment.shape[0] + segment.numel // segment.shape[0] for segment in segments if self._is_low_rank(segment)
+        ]  # type: ignore[index]
+        dense = sum(segment.numel for segment in segments if not self._is_low_rank(segment))
+        return 64 * (self.rank * sum(sides) + dense) * (size - 1) / size
+
+    def _is_low_rank(self, segment: Segment) -> bool:
+        if segment.shape is None or len(segment.shape) < 2 or not segment.numel:
+            return False
+        rows = segment.shape[0]
+        columns = segment.numel // rows
+        return self.rank * (rows + columns) < rows * columns
+
+    def _query(self, matrix: Tensor, call: Call, name: str) -> Tensor:
+        """The right factor of the step before; at first random, the same on every rank."""
+        import torch
+
+        def first() -> Tensor:
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{call.key.seed}/{name}".encode()))
+            return torch.randn(matrix.shape[1], self.rank, generator=generator).to(matrix.device)
+
+        return call.state("query", name, first)
+
+
+def _mean(call: Call, tensors: list[Tensor], first: int) -> Reduction:
+    """All-reduce `tensors` as one; their means, split after the first `first`."""
+    import torch
+
+    if not tensors:
+        return [], []
+    flat = yield call.transport.all_reduce(torch.cat([t.reshape(-1) for t in tensors]))
+    flat.div_(call.transport.size)
+    means = [piece.view_as(t) for piece, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+    return means[:first], means[first:]
+
+
+def _orthogonal(left: Tensor) -> Tensor:
+    """Orthonormal basis of the columns; a non-finite input stays so, on every rank alike."""
+    import torch
+
+    basis = torch.linalg.qr(torch.nan_to_num(left)).Q
+    return basis.where(left.isfinite().all(), left)

@@ -1,0 +1,50 @@
+"""Random-k sparsification on coordinates that all ranks draw alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from .. import triton_kernels as K
+from ..memories import ERROR_FEEDBACK, Memory
+from ..registry import register
+from .base import Call, Reduction, Scheme, Segment, total
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@register
+class RandomK(Scheme):
+    """A shared random choice of coordinates: no indices travel and the values may be summed.
+
+    One coordinate is drawn uniformly from every run of `ratio` neighbours, instead of k from all of them: each coordinate
+    has the same chance of 1 / ratio, and neither a permutation nor a sort is needed. What is not drawn is remembered.
+    """
+
+    name: ClassVar[str] = "randomk"
+    paper: ClassVar[str] = "Stich et al., 2018, arXiv 1809.07599"
+    sums_only: ClassVar[bool] = True
+
+    ratio: Annotated[int, Field(ge=1, le=65536)] = Field(100, description="keep one value in so many")
+
+    @property
+    def memory(self) -> Memory | None:
+        return ERROR_FEEDBACK
+
+    def reduce(self, x: Tensor, call: Call) -> Reduction:
+        import torch
+
+        from ..codecs.chunks import chunk_scatter
+
+        count = -(-x.numel() // self.ratio)
+        draws = K.uniform16(call.key._replace(rank=0), count, device=x.device)
+        indices = (draws.to(torch.int64) * self.ratio >> 16).to(torch.int32)
+        values = K.chunk_gather(x, indices, self.ratio, **ERROR_FEEDBACK.kernel_arguments(call.residual()))
+        total = yield call.transport.all_reduce(values)
+        return chunk_scatter(indices, total.div_(call.transport.size), self.ratio, x.numel())
+
+    def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
+        return 64 * -(-total(segments) // self.ratio) * (size - 1) / size

@@ -1,0 +1,128 @@
+"""ScaleCom: sparsification whose traffic does not grow with the number of workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from .. import triton_kernels as K
+from ..memories import Memory
+from ..registry import register
+from .base import Call, Reduction, Scheme, Segment, total
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@register
+class ScaleCom(Scheme):
+    """Cyclic local top-k (CLT-k): at each step one rank, in turn, chooses the coordinates for all.
+
+    The leader of step t is rank t mod n. `selection: chunk` keeps the largest of every `ratio` neighbours, in one pass;
+    `exact` the k largest of the bucket. A low-pass filter damps the residual: m <- (1 - beta) m + beta (p - sent), here
+    as p = g + beta r and r <- r + g - sent with r = m / beta, which is the same recursion.
+
+    Wire: places from the leader, ceil(log2 ratio) bits a chunk (`exact`: 32 bits a value), then an fp32 all-reduce of
+    the kept values.
+    """
+
+    name: ClassVar[str] = "scalecom"
+    paper: ClassVar[str] = "Chen et al., 2020, arXiv 2104.11125"
+
+    ratio: Annotated[int, Field(ge=1, le=65536)] = Field(100, description="keep one gradient value in so many")
+    beta: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="low-pass filter of the residual; 1: none")
+    selection: Literal["chunk", "exact"] = Field("chunk", description="largest of each chunk, or of the whole bucket")
+
+    @property
+    def memory(self) -> Memory | None:
+        return Memory(alpha=self.beta)
+
+    def reduce(self, x: Tensor, call: Call) -> Reduction:
+        from ..collectives import shared_index
+
+        choice = _Chunks if self.selection == "chunk" else _Exact
+        selector = choice(x, self.ratio, Memory(alpha=self.beta), call.residual())
+        indices, values = yield from shared_index(
+            call.transport, call.step % call.transport.size, selector.select, selector.gather, selector.placeholder
+        )
+        return selector.scatter(indices, values)
+
+    def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
+        kept = -(-total(segments) // self.ratio)
+        index_bits = 32 * -(-kept * _width(self.ratio) // 32) if self.selection == "chunk" else 32 * kept
+        return (index_bits + 64 * kept) * (size - 1) / size
+
+
+class _Chunks:
+    """One value out of every `ratio` neighbours; places are offsets inside the chunk."""
+
+    def __init__(self, x: Tensor, ratio: int, memory: Memory, residual: Tensor) -> None:
+        self.x, self.ratio, self.kept = x, ratio, -(-x.numel() // ratio)
+        self.arguments = memory.kernel_arguments(residual)
+
+    def select(self) -> tuple[Tensor, Tensor]:
+        indices, values = K.chunk_select(self.x, self.ratio, **self.arguments)
+        return K.pack_bits(indices, _width(self.ratio)), values
+
+    def gather(self, payload: Tensor) -> Tensor:
+        return K.chunk_gather(self.x, self._unpack(payload), self.ratio, **self.arguments)
+
+    def placeholder(self) -> Tensor:
+        import torch
+
+        nbytes = 4 * -(-self.kept * _width(self.ratio) // 32)
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.x.device)
+
+    def scatter(self, payload: Tensor, values: Tensor) -> Tensor:
+        from ..codecs.chunks import chunk_scatter
+
+        return chunk_scatter(self._unpack(payload), values, self.ratio, self.x.numel())
+
+    def _unpack(self, payload: Tensor) -> Tensor:
+        return K.unpack_bits(payload, self.kept, _width(self.ratio))
+
+
+class _Exact:
+    """The k largest values of the whole bucket; places are int32."""
+
+    def __init__(self, x: Tensor, ratio: int, memory: Memory, residual: Tensor) -> None:
+        import torch
+
+        self.x, self.memory, self.residual, self.kept = x, memory, residual, -(-x.numel() // ratio)
+        p = memory.compensate(x, residual)
+        self.p = p.where(p.isfinite().all(), torch.nan)
+
+    def select(self) -> tuple[Tensor, Tensor]:
+        import torch
+
+        indices = self.p.abs().topk(self.kept, sorted=False).indices.to(torch.int32)
+        payload = indices.view(torch.uint8)
+        return payload, self.gather(payload)
+
+    def gather(self, payload: Tensor) -> Tensor:
+        import torch
+
+        indices = self._checked(payload)
+        values = self.p[indices]
+        self.memory.update(self.x, self.residual, torch.zeros_like(self.p).index_copy_(0, indices, values))
+        return values
+
+    def placeholder(self) -> Tensor:
+        import torch
+
+        return torch.empty(4 * self.kept, dtype=torch.uint8, device=self.x.device)
+
+    def scatter(self, payload: Tensor, values: Tensor) -> Tensor:
+        return self.x.new_zeros(self.x.numel()).index_copy_(0, self._checked(payload), values)
+
+    def _checked(self, payload: Tensor) -> Tensor:
+        import torch
+
+        return payload.view(torch.int32).long().clamp_(0, max(0, self.x.numel() - 1))
+
+
+def _width(ratio: int) -> int:
+    """Bits of an offset inside a chunk of `ratio` elements."""
+    return max(1, (ratio - 1).bit_length())

@@ -1,0 +1,59 @@
+"""Top-k sparsification with error feedback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from .. import triton_kernels as K
+from ..memories import ERROR_FEEDBACK, Memory
+from ..registry import register
+from .base import Call, Reduction, Scheme, Segment, total
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@register
+class TopK(Scheme):
+    """Every rank sends its own largest values with their places; the rest is remembered.
+
+    Payload: int32 places, then fp32 values; 64 bits for each kept value, received from every rank.
+    """
+
+    name: ClassVar[str] = "topk"
+    paper: ClassVar[str] = "Stich et al., 2018, arXiv 1809.07599"
+
+    ratio: Annotated[float, Field(ge=1)] = Field(100.0, description="keep one value in so many")
+
+    @property
+    def memory(self) -> Memory | None:
+        return ERROR_FEEDBACK
+
+    def reduce(self, x: Tensor, call: Call) -> Reduction:
+        import torch
+
+        residual = call.residual()
+        p = ERROR_FEEDBACK.compensate(x, residual)
+        p = p.where(p.isfinite().all(), torch.nan)
+        k = self._kept(x.numel())
+        indices = p.abs().topk(k, sorted=False).indices
+        values = p[indices]
+        decoded = torch.zeros_like(p)
+        decoded[indices] = values
+        ERROR_FEEDBACK.update(x, residual, decoded)
+        payload = torch.cat([indices.to(torch.int32).view(torch.uint8), values.view(torch.uint8)])
+        payloads = yield call.transport.all_gather(payload)
+        result = torch.zeros_like(p)
+        for row in payloads:
+            where = row[: 4 * k].view(torch.int32)
+            K.scatter_add(where, row[4 * k :].view(torch.float32), result, weight=1 / call.transport.size)
+        return result
+
+    def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
+        return 64 * self._kept(total(segments)) * (size - 1)
+
+    def _kept(self, numel: int) -> int:
+        return min(numel, max(1, round(numel / self.ratio)))

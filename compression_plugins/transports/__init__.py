@@ -1,0 +1,1 @@
+"""How bytes travel: torch.distributed, Horovod, and `local` (N ranks in one process, for tests and studies)."""

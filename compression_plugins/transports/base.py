@@ -1,0 +1,117 @@
+"""The contract between collectives and whatever moves bytes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Handle(Protocol):
+    """An operation in flight."""
+
+    def poll(self) -> bool:
+        """True when `wait` will not block."""
+        ...
+
+    def wait(self) -> Tensor:
+        """Block until done; the result. Call it once."""
+        ...
+
+
+class Done:
+    """A handle whose result is known."""
+
+    def __init__(self, result: Tensor) -> None:
+        self._result = result
+
+    def poll(self) -> bool:
+        return True
+
+    def wait(self) -> Tensor:
+        return self._result
+
+
+class Then:
+    """A handle that passes the result of another one through a function."""
+
+    def __init__(self, handle: Handle, function: Callable[[Tensor], Tensor]) -> None:
+        self._handle, self._function = handle, function
+
+    def poll(self) -> bool:
+        return self._handle.poll()
+
+    def wait(self) -> Tensor:
+        return self._function(self._handle.wait())
+
+
+class Transport(ABC):
+    """Asynchronous collectives on flat, contiguous tensors, which the caller leaves alone until the handle is done.
+
+    Attributes:
+        rank, size: this process among those that take part.
+        sent: payload bytes that this rank has sent so far, as a ring would send them (the network interface adds headers).
+        ordered: True where every rank must start operations in the same order (torch.distributed); False where
+            operations find each other by name (Horovod), so that work may be advanced whenever it happens to be ready.
+    """
+
+    rank: int
+    size: int
+    ordered: bool = True
+
+    def __init__(self) -> None:
+        self.sent = 0.0
+
+    def all_reduce(self, x: Tensor) -> Handle:
+        """Elementwise sum over ranks (fp32 or int32)."""
+        self._count(2 * (self.size - 1) / self.size * _nbytes(x))
+        return self._all_reduce(x)
+
+    def all_gather(self, x: Tensor) -> Handle:
+        """Every rank's `x` (same length everywhere) as rows of [size, numel], in rank order."""
+        self._count((self.size - 1) * _nbytes(x))
+        return self._all_gather(x)
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Handle:
+        """`x` is cut into `send[i]` elements for rank i; the result holds `receive[i]` elements from rank i, in rank order."""
+        self._count((sum(send) - send[self.rank]) * x.element_size())
+        return self._all_to_all(x, send, receive)
+
+    def broadcast(self, x: Tensor, root: int) -> Handle:
+        """Rank `root`'s `x`; the others pass a tensor of the same length and dtype, whose content is not read."""
+        self._count((self.size - 1) / self.size * _nbytes(x))
+        return self._broadcast(x, root)
+
+    def exchange(self, x: Tensor, to: int, source: int) -> Handle:
+        """Send `x` to rank `to`; the result is what rank `source` sent (same length)."""
+        self._count(_nbytes(x) if to != self.rank else 0)
+        return self._exchange(x, to, source)
+
+    @abstractmethod
+    def scoped(self, name: str) -> Transport:
+        """A view for one job whose operations are named under `name`; shares `sent`."""
+
+    def _count(self, nbytes: float) -> None:
+        self.sent += nbytes
+
+    @abstractmethod
+    def _all_reduce(self, x: Tensor) -> Handle: ...
+
+    @abstractmethod
+    def _all_gather(self, x: Tensor) -> Handle: ...
+
+    @abstractmethod
+    def _all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Handle: ...
+
+    @abstractmethod
+    def _broadcast(self, x: Tensor, root: int) -> Handle: ...
+
+    @abstractmethod
+    def _exchange(self, x: Tensor, to: int, source: int) -> Handle: ...
+
+
+def _nbytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()

@@ -1,0 +1,109 @@
+"""Transport over Horovod's asynchronous operations.
+
+Horovod matches operations of different ranks by name, so every operation here has one: ranks may then start them in
+any order, and names repeat from step to step, which its response cache needs. Unnamed operations are matched by a
+counter of the process and silently pair different tensors as soon as two ranks take different branches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from horovod.torch import mpi_ops
+from torch import Tensor
+
+from .base import Done, Handle, Transport
+
+#: Seconds between polls. `mpi_ops.synchronize` spins instead and, with as many ranks as cores, starves the thread
+#: that communicates.
+POLL_INTERVAL = 50e-6
+#: What Horovod's sum accepts on every build; other floats are summed in fp32.
+_SUMMABLE = {torch.float16, torch.float32, torch.float64, torch.int32, torch.int64}
+
+
+class HorovodTransport(Transport):
+    """The ranks of one Horovod process set.
+
+    Args:
+        name: prefix of the operations' names; equal on all ranks, unique among transports in use at the same time.
+        process_set: the ranks that take part; None for all. `rank` and `size` count within it.
+
+    Raises:
+        horovod.common.exceptions.HorovodInternalError: from `wait`, if a peer died or Horovod was shut down.
+    """
+
+    ordered = False
+
+    def __init__(self, name: str, process_set: mpi_ops.ProcessSet | None = None) -> None:
+        super().__init__()
+        self.process_set = process_set or mpi_ops.global_process_set
+        self.rank, self.size = self.process_set.rank(), self.process_set.size()
+        self._name, self._root, self._calls = name, self, 0
+
+    def scoped(self, name: str) -> HorovodTransport:
+        view = object.__new__(HorovodTransport)
+        view.__dict__.update(self.__dict__, _name=f"{self._name}.{name}", _calls=0)
+        return view
+
+    def _count(self, nbytes: float) -> None:
+        self._root.sent += nbytes
+
+    def _next(self, operation: str) -> dict[str, Any]:
+        self._calls += 1
+        return {"name": f"{self._name}.{self._calls}.{operation}", "process_set": self.process_set}
+
+    def _all_reduce(self, x: Tensor) -> Handle:
+        if x.numel() == 0:
+            return Done(x.clone())
+        wire = x if x.dtype in _SUMMABLE else x.float()
+        handle = mpi_ops.allreduce_async(wire, op=mpi_ops.Sum, **self._next("sum"))
+        return HorovodHandle(handle, lambda out: out.to(x.dtype))
+
+    def _all_gather(self, x: Tensor) -> Handle:
+        if x.numel() == 0:
+            return Done(x.new_empty(self.size, 0))
+        handle = mpi_ops.allgather_async(x, **self._next("gather"))
+        return HorovodHandle(handle, lambda out: out.view(self.size, x.numel()))
+
+    def _all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Handle:
+        splits = torch.tensor(send, dtype=torch.int32)
+        handle = mpi_ops.alltoall_async(x, splits=splits, **self._next("all_to_all"))
+
+        def check(out: tuple[Tensor, Tensor]) -> Tensor:
+            if out[1].tolist() != list(receive):
+                raise RuntimeError(f"all-to-all: rank {self.rank} expected {list(receive)}, was sent {out[1].tolist()}")
+            return out[0]
+
+        return HorovodHandle(handle, check)
+
+    def _broadcast(self, x: Tensor, root: int) -> Handle:
+        if x.numel() == 0:
+            return Done(x.clone())
+        # Horovod counts the root among all ranks, even within a process set.
+        handle = mpi_ops.broadcast_async(x, self.process_set.ranks[root], **self._next("broadcast"))
+        return HorovodHandle(handle)
+
+    def _exchange(self, x: Tensor, to: int, source: int) -> Handle:
+        """Horovod has no send and receive: an all-to-all whose splits are zero elsewhere costs one cycle of its loop."""
+        send, receive = [0] * self.size, [0] * self.size
+        send[to] = receive[source] = x.numel()
+        return self._all_to_all(x, send, receive)
+
+
+class HorovodHandle:
+    """A Horovod operation in flight, and what turns its output into the result."""
+
+    def __init__(self, handle: int, finish: Callable[[Any], Tensor] | None = None) -> None:
+        self._handle, self._finish = handle, finish
+
+    def poll(self) -> bool:
+        return bool(mpi_ops.poll(self._handle))
+
+    def wait(self) -> Tensor:
+        while not mpi_ops.poll(self._handle):
+            time.sleep(POLL_INTERVAL)
+        out = mpi_ops.synchronize(self._handle)
+        return out if self._finish is None else self._finish(out)

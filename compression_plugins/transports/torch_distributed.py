@@ -1,0 +1,93 @@
+"""Transport over a `torch.distributed` process group: Gloo, NCCL, or any backend with the same collectives.
+
+Operations run on the current stream of the caller's device, and `wait` orders that stream after them, as
+`torch.distributed.Work` does; the host is blocked only by backends that compute on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .base import Done, Handle, Transport
+
+
+class TorchDistributed(Transport):
+    """One rank of a process group.
+
+    Args:
+        group: the ranks that take part; None is the default group.
+
+    Every rank must start operations in the same order (`ordered`): Gloo and NCCL match them by it.
+    """
+
+    ordered = True
+
+    def __init__(self, group: dist.ProcessGroup | None = None, _parent: TorchDistributed | None = None) -> None:
+        super().__init__()
+        self.group = group if group is not None else dist.group.WORLD
+        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self._parent = _parent
+
+    def scoped(self, name: str) -> TorchDistributed:
+        return TorchDistributed(self.group, self._parent or self)
+
+    def _count(self, nbytes: float) -> None:
+        (self._parent or self).sent += nbytes
+
+    def _all_reduce(self, x: Tensor) -> Handle:
+        result = x.clone()
+        if self.size == 1:
+            return Done(result)
+        return _Pending([dist.all_reduce(result, group=self.group, async_op=True)], result, x)
+
+    def _all_gather(self, x: Tensor) -> Handle:
+        if self.size == 1:
+            return Done(x.clone().view(1, -1))
+        result = x.new_empty(self.size, x.numel())
+        work = dist.all_gather_into_tensor(result.view(-1), x, group=self.group, async_op=True)
+        return _Pending([work], result, x)
+
+    def _all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Handle:
+        if self.size == 1:
+            return Done(x.clone())
+        result = x.new_empty(sum(receive))
+        work = dist.all_to_all_single(result, x, list(receive), list(send), group=self.group, async_op=True)
+        return _Pending([work], result, x)
+
+    def _broadcast(self, x: Tensor, root: int) -> Handle:
+        result = x.clone() if root == self.rank else torch.empty_like(x)
+        if self.size == 1:
+            return Done(result)
+        source = dist.get_global_rank(self.group, root)
+        return _Pending([dist.broadcast(result, source, group=self.group, async_op=True)], result, x)
+
+    def _exchange(self, x: Tensor, to: int, source: int) -> Handle:
+        if to == self.rank and source == self.rank:
+            return Done(x.clone())
+        result = torch.empty_like(x)
+        peers = [dist.get_global_rank(self.group, peer) for peer in (to, source)]
+        # One batch: with NCCL, a send that is not in the same group as its receive deadlocks a ring.
+        operations = [
+            dist.P2POp(dist.isend, x, peers[0], self.group),
+            dist.P2POp(dist.irecv, result, peers[1], self.group),
+        ]
+        return _Pending(dist.batch_isend_irecv(operations), result, x)
+
+
+class _Pending:
+    """Works in flight; keeps the input alive, which the backend reads until they are done."""
+
+    def __init__(self, works: list[dist.Work], result: Tensor, source: Tensor) -> None:
+        self._works, self._result, self._source = works, result, source
+
+    def poll(self) -> bool:
+        return all(work.is_completed() for work in self._works)
+
+    def wait(self) -> Tensor:
+        for work in self._works:
+            work.wait()
+        return self._result

@@ -1,0 +1,100 @@
+"""The model side of double quantization: compute with quantized weights, step with exact ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import triton_kernels as K
+from .codecs import Uniform
+from .schemes.double_quantization import DoubleQuantization
+
+_WIDTHS = (4, 8, 16)
+
+
+def mu_rule_bits(largest: float, distance: float, numel: int, mu: float) -> int | None:
+    """Bits with which E||Q(x) - x||^2 <= mu ||x - x~||^2 holds, rounded up to 4, 8 or 16; None: send x as it is.
+
+    Args:
+        largest: max |x|.
+        distance: ||x - x~||, Euclidean, to the snapshot.
+        numel: number of elements of x.
+
+    The error of stochastic rounding is at most numel * delta^2 / 4 with delta = max|x| / (2^(b-1) - 1) (Yu, Wu, Huang,
+    2019, arXiv 1805.10111).
+    """
+    if not (math.isfinite(largest) and math.isfinite(distance)) or distance <= 0:
+        return None
+    if largest == 0:
+        return _WIDTHS[0]
+    needed = math.log2(largest * math.sqrt(numel / (4 * mu)) / distance + 1) + 1
+    return next((width for width in _WIDTHS if width >= needed), None)
+
+
+def weight_codec(bits: int, numel: int) -> Uniform:
+    """One scale for the whole tensor, as the rule assumes."""
+    return Uniform(bits, 32 * max(1, -(-numel // 32)))  # type: ignore[arg-type]
+
+
+class QuantizedWeights:
+    """Replaces parameters by their quantized values between optimizer steps.
+
+    All ranks draw the same random numbers, so replicas stay equal bit for bit. Keeps two fp32 copies of each parameter:
+    x and the snapshot x~.
+
+    Args:
+        scheme: parameters of the method.
+        parameters: names and parameters whose weights are quantized (those whose gradients are).
+        seed: of the configuration.
+    """
+
+    def __init__(self, scheme: DoubleQuantization, parameters: Sequence[tuple[str, Tensor]], seed: int = 0) -> None:
+        self.scheme, self.seed = scheme, seed
+        self._parameters = dict(parameters)
+        self._exact: dict[str, Tensor] = {}
+        self._snapshots: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
+        self.bits: dict[str, int | None] = {}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Before the optimizer's step: put the exact weights back. Weights that someone has overwritten since stay."""
+        for name, exact in self._exact.items():
+            parameter = self._parameters[name]
+            if parameter._version == self._versions[name]:
+                parameter.copy_(exact)
+        self._exact.clear()
+
+    @torch.no_grad()
+    def quantize(self, step: int) -> None:
+        """After optimizer step number `step` (from 0): compute the next gradients at Q(x)."""
+        if step % self.scheme.snapshot_steps == 0 or not self._snapshots:
+            self._snapshots = {name: p.detach().float().clone() for name, p in self._parameters.items()}
+            return
+        measures = [torch.stack([p.abs().max().float(), (p.float() - self._snapshots[name]).norm()])
+                    for name, p in self._parameters.items() if p.numel()]  # fmt: skip
+        values = torch.stack([m.cpu() for m in measures]).tolist() if measures else []
+        for number, ((name, p), (largest, distance)) in enumerate(zip(self._parameters.items(), values)):
+            bits = self.bits[name] = mu_rule_bits(largest, distance, p.numel(), self.scheme.mu)
+            if bits is None:
+                continue
+            self._exact[name] = p.detach().clone()
+            flat = p.detach().float().reshape(-1)
+            codec = weight_codec(bits, flat.numel())
+            payload = codec.encode(flat, K.Key(self.seed, number, step, 0, stream=1 << 30))
+            p.copy_(codec.decode(payload, flat.numel()).view_as(p))
+            self._versions[name] = p._version
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"exact": {n: t.clone() for n, t in self._exact.items()}, "snapshots": dict(self._snapshots)}
+
+    @torch.no_grad()
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Call after the model's own weights are loaded."""
+        self._exact = {name: tensor.clone() for name, tensor in saved["exact"].items()}
+        self._snapshots = {name: tensor.clone() for name, tensor in saved["snapshots"].items()}
+        self._versions = {name: self._parameters[name]._version for name in self._exact}

@@ -1,0 +1,153 @@
+"""What the CPU encoders share: a tile of elements that stays in the first-level cache, its memory and its statistics.
+
+An encoder walks over blocks, and inside a block over tiles of at most ``TILE`` elements: load and compensate a tile,
+measure the block, then quantize tile by tile. Each step is its own loop, short enough for LLVM to vectorise.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import float32, int32, njit, uint32
+
+from ..layout import Memory
+
+TILE = 1024  # elements; source, residual and three buffers of a tile fit in 32 KiB
+
+_FP32, _BF16, _FP16 = 0, 1, 2
+_EMPTY_FLOAT, _EMPTY_HALF = np.empty(0, np.float32), np.empty(0, np.uint16)
+_MAGNITUDE, _INFINITY = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
+_FP16_REBIAS = np.float32(2.0**112)  # moves an fp16 exponent field to its place in fp32, subnormals included
+
+
+def source(x: torch.Tensor) -> tuple[np.ndarray, np.ndarray, int]:
+    """``(fp32 array, raw 16-bit array, kind)`` for `load`; a non-contiguous x is copied once."""
+    x = x.detach().contiguous()
+    if x.dtype == torch.float32:
+        return x.numpy(), _EMPTY_HALF, _FP32
+    return _EMPTY_FLOAT, x.view(torch.uint16).numpy(), _BF16 if x.dtype == torch.bfloat16 else _FP16
+
+
+def factors(memory: Memory) -> tuple:
+    """``(residual array, whether there is one, alpha, decay, sent)`` for the kernels."""
+    r = memory.residual
+    array = _EMPTY_FLOAT if r is None else r.detach().numpy()
+    return array, r is not None, np.float32(memory.alpha), np.float32(memory.decay), np.float32(memory.sent)
+
+
+@njit(nogil=True, cache=True)
+def load(x32, x16, kind, start, count, p):
+    """``p[:count] = fp32(x[start : start + count])``."""
+    if kind == _FP32:
+        for i in range(count):
+            p[i] = x32[start + i]
+        return
+    bits = p.view(np.uint32)
+    if kind == _BF16:
+        for i in range(count):
+            bits[i] = uint32(x16[start + i]) << uint32(16)
+        return
+    for i in range(count):
+        half = uint32(x16[start + i])
+        bits[i] = (half & uint32(0x7FFF)) << uint32(13)
+    for i in range(count):
+        p[i] = p[i] * _FP16_REBIAS
+    for i in range(count):
+        half = uint32(x16[start + i])
+        special = uint32(0x7F800000) if (half & uint32(0x7C00)) == uint32(0x7C00) else uint32(0)
+        bits[i] = bits[i] | special | ((half & uint32(0x8000)) << uint32(16))
+
+
+@njit(nogil=True, cache=True)
+def compensate(p, kept, r, start, count, alpha, decay):
+    """From x in ``p``: ``kept = decay * r + x`` and ``p = x + alpha * r``. The two may share one buffer if decay = alpha."""
+    if alpha == decay:
+        for i in range(count):
+            p[i] = p[i] + alpha * r[start + i]
+    else:
+        for i in range(count):
+            kept[i] = decay * r[start + i] + p[i]
+        for i in range(count):
+            p[i] = p[i] + alpha * r[start + i]
+
+
+@njit(nogil=True, cache=True)
+def remember(r, kept, q, start, count, sent):
+    """``r = kept - sent * q``."""
+    for i in range(count):
+        r[start + i] = kept[i] - sent * q[i]
+
+
+@njit(nogil=True, cache=True)
+def store(values, out, start, count, weight, accumulate):
+    """``out = weight * values`` or ``out += weight * values``."""
+    if accumulate:
+        for i in range(count):
+            out[start + i] = out[start + i] + weight * values[i]
+    else:
+        for i in range(count):
+            out[start + i] = weight * values[i]
+
+
+# Only these sums may be reordered by the compiler; fp64 keeps their result within one fp32 ulp of any other order.
+@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"})
+def sum_abs(p, count):
+    total = 0.0
+    for i in range(count):
+        total += np.float64(abs(p[i]))
+    return total
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"})
+def sum_squares(p, count):
+    total = 0.0
+    for i in range(count):
+        total += np.float64(p[i]) * np.float64(p[i])
+    return total
+
+
+@njit(nogil=True, cache=True)
+def max_magnitude_bits(p, count):
+    """Bit pattern of max |p|: ordered like the magnitudes, with Inf and NaN above every finite number."""
+    bits = p.view(np.int32)
+    largest = int32(0)
+    for i in range(count):
+        largest = max(largest, int32(bits[i] & _MAGNITUDE))
+    return largest
+
+
+@njit(nogil=True, cache=True)
+def finite_bits(bits):
+    return bits < _INFINITY
+
+
+@njit(nogil=True, cache=True)
+def float_of(bits):
+    return int32(bits).view(np.float32)
+
+
+@njit(nogil=True, cache=True)
+def average(p, count, ranks):
+    """``p /= ranks``, correctly rounded."""
+    if ranks > 1:
+        n = float32(ranks)
+        for i in range(count):
+            p[i] = p[i] / n
+
+
+@njit(nogil=True, cache=True)
+def add(p, q, count):
+    for i in range(count):
+        p[i] = p[i] + q[i]
+
+
+@njit(nogil=True, cache=True)
+def descend(update, param, m, start, count, lr, momentum, has_momentum):
+    """``param -= lr * update``, through ``m = momentum * m + update`` with a momentum buffer."""
+    if has_momentum:
+        for i in range(count):
+            update[i] = momentum * m[start + i] + update[i]
+        for i in range(count):
+            m[start + i] = update[i]
+    for i in range(count):
+        param[start + i] = param[start + i] - lr * update[i]

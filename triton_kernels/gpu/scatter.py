@@ -1,0 +1,31 @@
+"""Sparse decode on the GPU."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..checks import check_scatter
+
+BLOCK = 1024
+
+
+@triton.jit
+def _scatter_kernel(indices, values, out, count, numel, weight, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.load(indices + i, mask=i < count, other=-1).to(tl.int64)
+    inside = (index >= 0) & (index < numel)
+    value = tl.load(values + i, mask=i < count, other=0.0)
+    old = tl.load(out + index, mask=inside, other=0.0)
+    tl.store(out + index, old + weight * value, mask=inside)
+
+
+def scatter_add(indices: torch.Tensor, values: torch.Tensor, out: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+    check_scatter(indices, values, out)
+    count = indices.numel()
+    if count:
+        grid = (triton.cdiv(count, BLOCK),)
+        indices, values = indices.contiguous(), values.detach().contiguous()
+        _scatter_kernel[grid](indices, values, out, count, out.numel(), weight, BLOCK=BLOCK, enable_fp_fusion=False)
+    return out
