@@ -6,10 +6,10 @@ DeepSpeed config is enough. The names below are for scripts that choose a scheme
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as in typing; this package is imported at every interpreter start, see adapters/autoload.py
 if TYPE_CHECKING:
+    from typing import Any
+
     from .adapters.horovod import Compression as Compression
     from .config import Config as Config
     from .errors import CompressionError as CompressionError
@@ -30,4 +30,6 @@ __all__ = [*_PLACES, "__version__"]  # noqa: PLE0604
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(_PLACES[name], __name__), name)

@@ -51,7 +51,7 @@ def check_compiler(env: Mapping[str, str]) -> str | None:
     if probe.returncode == 0:
         return None
     reason = next((line for line in probe.stderr.splitlines() if "error" in line), f"exit status {probe.returncode}")
-    return f"The C++ compiler {found} cannot compile C++17 ({reason.strip()}): install GCC 9 or Clang 9 or newer and name it in CXX."
+    return f"{found} cannot compile C++17 ({reason.strip()}): install GCC 9, Clang 9 or newer and name it in CXX."
 
 
 def check_cmake(env: Mapping[str, str]) -> str | None:
@@ -101,32 +101,30 @@ def check_disk(folder: Path, need_gb: float, purpose: str) -> str | None:
 
 
 class Stage:
-    """One line of progress: `label ... note  12 s`, redrawn on a terminal, repeated every 30 s elsewhere."""
+    """Progress of one long command: a line that is redrawn on a terminal, else a line now and then below the label."""
 
     def __init__(self, label: str) -> None:
         self.label, self._start, self._printed = label, time.monotonic(), time.monotonic()
         self._terminal = sys.stdout.isatty()
-        self._print("", end="" if self._terminal else "\n")
+        print(f"  {label} ...", end="" if self._terminal else "\n", flush=True)
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._start
 
-    def _print(self, note: str, end: str) -> None:
-        head = "\r\033[K" if self._terminal else ""
-        print(f"{head}  {self.label} ... {note}", end=end, flush=True)
-
     def tick(self, note: str = "") -> None:
-        """Show that the stage is alive. `note` may hold the progress."""
+        """Show that the command is alive. `note` may hold its progress."""
+        text = f"{note} {self.seconds:.0f} s".lstrip()
         if self._terminal:
-            self._print(f"{note} {self.seconds:.0f} s".lstrip(), end="")
+            print(f"\r\033[K  {self.label} ... {text}", end="", flush=True)
         elif time.monotonic() - self._printed >= _NOTE_EVERY_S:
             self._printed = time.monotonic()
-            self._print(f"{note} {self.seconds:.0f} s".lstrip(), end="\n")
+            print(f"    {text}", flush=True)
 
     def end(self, note: str) -> None:
         """The closing line."""
-        self._print(f"{note} ({self.seconds:.0f} s)", end="\n")
+        head = f"\r\033[K  {self.label} ... " if self._terminal else "    "
+        print(f"{head}{note} ({self.seconds:.0f} s)", flush=True)
 
 
 def run_logged(
@@ -174,39 +172,68 @@ def _tail(log: Path, begin: int, size: int = 4096) -> str:
         return source.read().decode(errors="replace")
 
 
-#: Pattern in a build's output -> its most likely cause and remedy. First match wins: causes before consequences.
-_REMEDIES = {
-    r"No space left on device|Disk quota exceeded": "the disk is full; free some space, or point TMPDIR to a larger disk.",
-    r"Killed signal terminated program|internal compiler error: Killed|virtual memory exhausted": "the compiler ran out of "
-    "memory; run `python -m compression_plugins.install_horovod --jobs 1`, or give the machine more memory.",
-    r"C\+\+(17|20) or later compatible compiler": "torch's headers need a newer C++ standard than was set; use CMake 3.21 "
-    "or newer and unset CMAKE_TOOLCHAIN_FILE.",
-    r"Compatibility with CMake < 3\.\d+ has been removed": "this CMake dropped an old policy that Horovod's Gloo asks "
-    "for; unset CMAKE_POLICY_VERSION_MINIMUM, or install CMake 3.x.",
-    r"Could NOT find MPI": "HOROVOD_WITH_MPI=1 needs an MPI with headers (apt-get install libopenmpi-dev openmpi-bin); or "
-    "unset it to build for Gloo.",
-    r"Could NOT find NCCL": "HOROVOD_GPU_OPERATIONS=NCCL needs NCCL's headers; install libnccl-dev or set HOROVOD_NCCL_HOME.",
-    r"this PyTorch installation does not support CUDA": "GPU operations were asked for but this torch is a CPU build; install "
-    "a CUDA build of torch, or unset HOROVOD_GPU_OPERATIONS.",
-    r"Could NOT find CUDAToolkit|CUDA_HOME environment variable is not set|Cannot find `nvcc`": "the CUDA toolkit was not "
-    "found; install the version torch was built with and set HOROVOD_CUDA_HOME.",
-    r"Python\.h: No such file": "the headers of this Python are missing (apt-get install python3-dev).",
-    r"No module named '?(pip|ensurepip)|ensurepip is not": "this Python has no pip; install it (apt-get install python3-venv).",
-    r"name resolution|Failed to establish a new connection|Network is unreachable|ConnectionError|ConnectTimeout|"
-    r"ReadTimeoutError|Max retries exceeded|Could not fetch URL|ProxyError": "the package index was not reached; check the "
-    "network, or the proxy and index that `pip config list` shows.",
-    r"ResolutionImpossible|conflicting dependencies": "the versions in constraints.txt exclude each other here; the log "
-    "names the two.",
-    r"No matching distribution found for (\S+)": "no release of {0} fits this Python and platform; use Python 3.10 to 3.13 "
-    "on Linux.",
-}
+#: (pattern in the output, its most likely cause and remedy). First match wins: causes before their consequences.
+_REMEDIES = (
+    (
+        r"No space left on device|Disk quota exceeded",
+        "the disk is full; free some space, or point TMPDIR to a larger disk.",
+    ),
+    (
+        r"Killed signal terminated program|internal compiler error: Killed|virtual memory exhausted",
+        "the compiler ran out of memory; run `python -m compression_plugins.install_horovod --jobs 1`.",
+    ),
+    (
+        r"C\+\+\d\d or later compatible compiler",
+        "torch's headers need a newer C++ standard than was set; use CMake 3.21 or newer, unset CMAKE_TOOLCHAIN_FILE.",
+    ),
+    (
+        r"Compatibility with CMake < 3\.\d+ has been removed",
+        "this CMake dropped a policy that Horovod's Gloo asks for; unset CMAKE_POLICY_VERSION_MINIMUM, or use CMake 3.",
+    ),
+    (
+        r"Could NOT find MPI",
+        "no MPI with headers; install one (apt-get install libopenmpi-dev openmpi-bin), or unset HOROVOD_WITH_MPI.",
+    ),
+    (
+        r"Could NOT find NCCL",
+        "NCCL's headers were not found; install libnccl-dev or set HOROVOD_NCCL_HOME.",
+    ),
+    (
+        r"this PyTorch installation does not support CUDA",
+        "GPU operations need a CUDA build of torch; install one, or unset HOROVOD_GPU_OPERATIONS.",
+    ),
+    (
+        r"Could NOT find CUDAToolkit|CUDA_HOME environment variable is not set|Cannot find `nvcc`",
+        "the CUDA toolkit was not found; install the version torch was built with and set HOROVOD_CUDA_HOME.",
+    ),
+    (
+        r"Python\.h: No such file",
+        "the headers of this Python are missing (apt-get install python3-dev).",
+    ),
+    (
+        r"No module named '?(pip|ensurepip)|ensurepip is not",
+        "this Python has no pip; install it (apt-get install python3-venv).",
+    ),
+    (
+        r"name resolution|new connection|Network is unreachable|Connection(Error|Reset)|Timeout(Error)?\b|Max retries|"
+        r"Could not fetch URL|ProxyError",
+        "the package index was not reached; check the network, and the index and proxy that `pip config list` shows.",
+    ),
+    (
+        r"ResolutionImpossible|conflicting dependencies",
+        "the versions in constraints.txt exclude each other here; the log names the two.",
+    ),
+    (
+        r"No matching distribution found",
+        "a pinned version has no release for this Python or platform; use Python 3.10 to 3.13 on Linux.",
+    ),
+)
 
 
 def remedy(output: str) -> str:
-    """The most likely cause of a failed build and what to do about it; the last error line where none is known."""
-    for pattern, text in _REMEDIES.items():
-        match = re.search(pattern, output)
-        if match:
-            return text.format(*match.groups())
+    """The most likely cause of a failed command and what to do about it; its last error line where none is known."""
+    for pattern, text in _REMEDIES:
+        if re.search(pattern, output):
+            return text
     errors = [line.strip() for line in output.splitlines() if re.search(r"\berror\b", line, re.IGNORECASE)]
     return f"its last error was: {errors[-1][:300]}." if errors else "it printed no error."

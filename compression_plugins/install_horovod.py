@@ -1,13 +1,13 @@
 """Build Horovod against the torch of this interpreter: `python -m compression_plugins.install_horovod`.
 
 Horovod's last release (0.28.1) compiles itself as C++14, which the headers of torch >= 2.1 refuse, and under pip's
-build isolation it does not see torch at all: `pip install horovod` ends with success and without torch support. Here the
-released source is built unpatched. A CMake toolchain file, read from outside, turns its C++14 into C++17, and the result
-counts only once `horovod.torch` imports with the controllers and GPU operations that were asked for.
+build isolation it does not see torch at all: `pip install horovod` ends with success and without torch support. Here
+the released source is built unpatched. A CMake toolchain file, given from outside, turns its C++14 into C++17, and the
+result counts only once `horovod.torch` imports with the controllers and GPU operations that were asked for.
 
-Horovod's own build variables are honoured (`HOROVOD_GPU_OPERATIONS=NCCL`, `HOROVOD_WITH_MPI=1`, `HOROVOD_CUDA_HOME`, ...);
+Horovod's own build variables are honoured (`HOROVOD_GPU_OPERATIONS=NCCL`, `HOROVOD_WITH_MPI=1`, `HOROVOD_CUDA_HOME`);
 without any, Gloo is built and MPI is not. A good wheel is kept in `$COMPRESSION_PLUGINS_CACHE/wheels` (default
-`~/.cache/compression_plugins/wheels`), one for each combination of Horovod, torch, Python, platform and build variables.
+`~/.cache/compression_plugins/wheels`), one for each Horovod, torch, Python, platform and set of build variables.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _first_line(program: str, env: Mapping[str, str]) -> str | None:
 
 
 def cache_folder(env: Mapping[str, str]) -> Path | None:
-    """The cache, created if need be; None where it cannot be written or `COMPRESSION_PLUGINS_CACHE` is set and empty."""
+    """The cache; None where it cannot be written, or where `COMPRESSION_PLUGINS_CACHE` is set to nothing."""
     root = env.get("COMPRESSION_PLUGINS_CACHE")
     if root == "":
         return None

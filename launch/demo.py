@@ -5,8 +5,8 @@
     python -m launch.demo --schemes none topk --rate 100mbit
 
 The training scripts (`launch/train.py`, `launch/train_deepspeed.py`) know nothing of compression; a scheme is a flag
-of `horovodrun` or a block of DeepSpeed's config. As root with iproute2 each rank is a host of its own (`launch/netlab.py`);
-otherwise the ranks share this machine's loopback, and the report says so.
+of `horovodrun` or a block of DeepSpeed's config. As root with iproute2 each rank is a host of its own, see
+`launch/netlab.py`; otherwise the ranks share this machine's loopback, and the report says so.
 """
 
 from __future__ import annotations
@@ -79,7 +79,11 @@ def start_horovod(lab: NetLab | Loopback, scheme: str, settings: Settings, folde
 
 def start_deepspeed(lab: NetLab | Loopback, scheme: str, settings: Settings, folder: Path) -> Job:
     """The same YAML file as under Horovod, named by the config's block; `none` is stock DeepSpeed without the block."""
-    config: dict[str, object] = {"train_micro_batch_size_per_gpu": settings.batch, "zero_optimization": {"stage": 0}}
+    config: dict[str, object] = {
+        "train_micro_batch_size_per_gpu": settings.batch,
+        "zero_optimization": {"stage": 0},
+        "gradient_clipping": 0.0,  # DeepSpeed clips at 1.0 by default, Horovod not at all
+    }
     if scheme != "none":
         source = config_of(scheme)
         config["communication_compression"] = {"file": source} if Path(source).exists() else {"scheme": scheme}

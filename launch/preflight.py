@@ -14,27 +14,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON_MINIMUM = (3, 10)
-# Measured with a CPU build of torch: 2.9 GB in .venv, 0.9 GB of temporary files. A CUDA build adds about 7 GB.
-VENV_GB, CUDA_GB, TEMPORARY_GB = 3.5, 7.0, 1.0
+# Measured with a CPU build of torch, and rounded up. A CUDA build brings the CUDA libraries along.
+VENV_GB, CUDA_GB, TEMPORARY_GB = 3.5, 7.0, 1.5
 
 
 def check_python():
     """The sentence about a Python that is too old, or None."""
     if sys.version_info >= PYTHON_MINIMUM:
         return None
-    return "Python {}.{} or newer is needed, but {} is {}.{}: install one and run `make PYTHON=/path/to/python3 ...`.".format(
-        *(PYTHON_MINIMUM + (sys.executable,) + tuple(sys.version_info[:2]))
-    )
+    found = ".".join(map(str, sys.version_info[:2]))
+    return f"{sys.executable} is Python {found}, but 3.10 or newer is needed: run `make PYTHON=/path/to/python3 ...`."
 
 
 def check_venv():
     """The sentence about a Python that cannot make a virtual environment, or None."""
-    missing = [name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None]
-    if not missing:
-        return None
-    return "This Python lacks the module {}: install it (Debian/Ubuntu: apt-get install python3-venv).".format(
-        missing[0]
-    )
+    for name in ("venv", "ensurepip"):
+        if importlib.util.find_spec(name) is None:
+            return f"This Python lacks the module {name}: install it (Debian/Ubuntu: apt-get install python3-venv)."
+    return None
 
 
 def check_machine():
@@ -47,13 +44,13 @@ def check_machine():
     from compression_plugins import build_env
 
     env = build_env.with_own_scripts(os.environ)
-    need = VENV_GB + (CUDA_GB if os.path.exists("/proc/driver/nvidia/version") else 0.0)
+    need_gb = VENV_GB + (CUDA_GB if os.path.exists("/proc/driver/nvidia/version") else 0.0)
     checks = [
         check_venv(),
         build_env.check_compiler(env),
         build_env.check_cmake(env),
         build_env.check_python_headers(),
-        build_env.check_disk(VENV, need, "the virtual environment"),
+        build_env.check_disk(VENV, need_gb, "the virtual environment"),
         build_env.check_disk(Path(tempfile.gettempdir()), TEMPORARY_GB, "building Horovod"),
     ]
     return [problem for problem in checks if problem]
@@ -64,33 +61,28 @@ def check_index(python):
 
     pip itself is the judge: proxies, mirrors, certificates and offline wheel folders are all in its configuration.
     """
+    remedy = "check the network, and the index and proxy that `pip config list` shows."
     with tempfile.TemporaryDirectory() as folder:
         command = [str(python), "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--timeout", "10"]
         command += ["--retries", "1", "--disable-pip-version-check", "--dest", folder, "iniconfig"]
         try:
             done = subprocess.run(command, capture_output=True, timeout=60)
         except subprocess.TimeoutExpired:
-            return "pip had no answer from its index in 60 s: check the network, or `pip config list` for the proxy."
+            return f"pip had no answer from its package index in 60 s: {remedy}"
     if done.returncode == 0:
         return None
-    lines = [line for line in done.stderr.decode(errors="replace").splitlines() if line.startswith("ERROR")]
-    reason = lines[0][len("ERROR: ") :] if lines else "exit status {}".format(done.returncode)
-    return "pip cannot download ({}): check the network, or `pip config list` for proxy and index.".format(
-        reason.rstrip(".")
-    )
+    errors = [line for line in done.stderr.decode(errors="replace").splitlines() if line.startswith("ERROR: ")]
+    reason = errors[0][len("ERROR: ") :].rstrip(".") if errors else f"exit status {done.returncode}"
+    return f"pip cannot download packages ({reason}): {remedy}"
 
 
 def report(problems):
     """Print the sentences and exit with 2, or return when there are none."""
     for problem in problems:
-        print("preflight: " + problem, file=sys.stderr)
+        print(f"preflight: {problem}", file=sys.stderr)
     if problems:
         sys.exit(2)
 
 
-def main():
-    report(check_machine())
-
-
 if __name__ == "__main__":
-    main()
+    report(check_machine())

@@ -124,10 +124,20 @@ def check_buffer(buffer: torch.Tensor, like: torch.Tensor, numel: int, name: str
         raise CompressionError(f"{name} is on {buffer.device}, the input on {like.device}")
 
 
+def check_residual(memory: Memory, like: torch.Tensor, numel: int) -> None:
+    if memory.residual is not None:
+        check_buffer(memory.residual, like, numel, "residual")
+
+
 def check_input(x: torch.Tensor, memory: Memory) -> None:
     check_vector(x)
-    if memory.residual is not None:
-        check_buffer(memory.residual, x, x.numel(), "residual")
+    check_residual(memory, x, x.numel())
+
+
+def check_apply(payload: torch.Tensor, param: torch.Tensor, momentum_buffer: torch.Tensor | None) -> None:
+    check_buffer(param, payload, param.numel(), "param")
+    if momentum_buffer is not None:
+        check_buffer(momentum_buffer, payload, param.numel(), "momentum_buffer")
 
 
 def check_payload(payload: torch.Tensor, size: int) -> None:
@@ -136,7 +146,7 @@ def check_payload(payload: torch.Tensor, size: int) -> None:
             f"payload must be a contiguous uint8 tensor of {size} bytes, "
             f"got {payload.dtype} of shape {tuple(payload.shape)} and stride {payload.stride()}"
         )
-    if payload.storage_offset() % 4 or payload.data_ptr() % 4:
+    if size and (payload.storage_offset() % 4 or payload.data_ptr() % 4):
         raise CompressionError("payload must start on a 4-byte boundary")
 
 
@@ -177,5 +187,7 @@ def result_for(out: torch.Tensor | None, numel: int, like: torch.Tensor, accumul
 
 def split(payload: torch.Tensor, scales: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Views ``(scales fp32, code words int32)`` of a payload [bytes] or of payloads [ranks, bytes]."""
-    words32 = payload.view(torch.int32)
+    if not payload.numel():  # rows of an empty [ranks, 0] tensor start at odd offsets, which `view` refuses
+        payload = torch.empty_like(payload)
+    words32 = payload.view(-1).view(torch.int32).view(*payload.shape[:-1], payload.shape[-1] // 4)
     return words32[..., :scales].view(torch.float32), words32[..., scales:]

@@ -1,21 +1,21 @@
 """One door for unmodified scripts: install an adapter when, and only when, its host is imported.
 
-`autoload` is called by torch's plug-in mechanism (entry-point group `torch.backends`) at the end of `import torch`, and by
-a `.pth` line at interpreter start. Both happen in every Python process of the environment, so this module imports
-nothing but the standard library's import machinery, and `autoload` never raises.
+`autoload` is called by torch's plug-in mechanism (entry-point group `torch.backends`) at the end of `import torch`, and
+by a `.pth` line at interpreter start. Both happen in every Python process of the environment, so this module imports
+nothing that the interpreter has not imported already, and `autoload` never raises.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
-import warnings
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False  # as in typing, whose import alone would cost every interpreter start two milliseconds
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
 
 #: The variable in which a launcher hands the configuration to its workers (`compression_plugins.config` reads it).
 _CONFIG_VARIABLE = "COMPRESSION_PLUGINS_CONFIG"
@@ -40,6 +40,8 @@ def autoload() -> None:
             if module is not None and not getattr(module.__spec__, "_initializing", False):
                 install_adapter(name)
     except Exception as error:  # a failure here would break `import torch` for everybody
+        import warnings
+
         warnings.warn(f"compression_plugins is inactive: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
 
 
@@ -54,16 +56,20 @@ def install_adapter(host: str) -> None:
     configured = bool(os.environ.get(_CONFIG_VARIABLE))
     if needs_configuration and not configured:
         return
+    import importlib
+
     try:
         importlib.import_module(adapter).install()
     except Exception as error:
         if configured:
             raise
+        import warnings
+
         message = f"compression_plugins cannot join {host}, which stays as it is: {type(error).__name__}: {error}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-class HostFinder(MetaPathFinder):
+class HostFinder:
     """Finds nothing itself: asks the finders behind it and adds the adapter to what they found."""
 
     def find_spec(
@@ -83,7 +89,7 @@ class HostFinder(MetaPathFinder):
         return None
 
 
-class _InstallingLoader(Loader):
+class _InstallingLoader:
     """Executes the module as its own loader would, leaves no trace in it, then installs the adapter."""
 
     def __init__(self, loader: Any, host: str) -> None:

@@ -205,6 +205,7 @@ def attach(engine: Any, config: Config) -> Session:
 
     from ..plan import TensorSpec, make_plan
     from ..reducer import Reducer
+    from ..telemetry import Telemetry
     from ..transports.torch_distributed import TorchDistributed
     from . import deepspeed_checkpoint, deepspeed_seams
     from .deepspeed_backend import CompressedBackend, Session
@@ -218,7 +219,7 @@ def attach(engine: Any, config: Config) -> Session:
         deepspeed_seams.check(engine.optimizer, deepspeed_seams.ZERO_SEAMS, deepspeed.__version__)
 
     trainable = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad and p.numel()]
-    plan = make_plan(config, [TensorSpec(n, tuple(p.shape), p.dtype, p.device) for n, p in trainable])
+    plan = make_plan(config, [TensorSpec(n, tuple(p.shape), str(p.dtype), str(p.device)) for n, p in trainable])
     facts = {
         "config": config.to_dict(),
         "plan": plan.digest(),
@@ -231,7 +232,7 @@ def attach(engine: Any, config: Config) -> Session:
     handshake(_get_default_store(), f"compression_plugins/deepspeed/{_attached}", rank, size, facts)
 
     group = engine.seq_data_parallel_group
-    reducer = Reducer(config, TorchDistributed(group), undo=_may_skip(engine))
+    reducer = Reducer(config, TorchDistributed(group), Telemetry.from_environment(rank), undo=_may_skip(engine))
     session = Session(engine, plan, reducer, group)
     comm.cdb = CompressedBackend.adopt(comm.cdb)
     deepspeed_seams.mark_zero(session) if zero else deepspeed_seams.mark_engine(session)

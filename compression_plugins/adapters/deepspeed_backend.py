@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,12 +10,10 @@ from deepspeed.comm.torch import Noop, TorchBackend
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..plan import Bucket, Plan, Segment
-from ..schemes.base import Scheme
+from ..plan import Bucket, Plan
+from ..reducer import Reducer
+from ..schemes.base import Scheme, Segment
 from .deepspeed_seams import Piece, Scope
-
-if TYPE_CHECKING:
-    from ..reducer import Reducer
 
 #: The reduction of gradients that is running in this process. A single name: one reduction runs at a time.
 _active: Scope | None = None
@@ -110,6 +108,7 @@ class Session:
         global _active
         scope, _active = _active, None
         if failed or scope is None:
+            self.reducer.abort()
             return
         announced = sum(piece.numel for piece in scope.layout.pieces)
         if scope.taken != announced:
@@ -138,19 +137,34 @@ class Session:
             raise self.mismatch("the reduction runs in another process group than the data-parallel one")
         route = self._route(scope, tensor.numel(), destination, tensor.device)
         scope.taken += tensor.numel()
-        if all(part.bucket.scheme.host_dense for part in route.parts):
-            return False
+        if self.reducer.step < self.reducer.config.warmup_steps or all(p.bucket.scheme.host_dense for p in route.parts):
+            return False  # DeepSpeed's own all-reduce, in its own dtype
         self.gradient_bytes += tensor.numel() * tensor.element_size()
         # The reducer works on this rank's own gradients, in units of the unscaled loss, and returns their average.
         unit = scope.unit / loss_scale(self.engine)
         runs = tensor.view(-1).split(route.runs)
-        for part in route.parts:
-            chosen = [runs[i] for i in part.order]
-            flat = torch.cat(chosen).float().mul_(unit)
-            mean = self.reducer.reduce(part.bucket, flat, part.shards).mul(self.size / unit)
-            pieces = mean.split(part.lengths)
-            torch._foreach_copy_([chosen[i] for i in part.kept], [pieces[i] for i in part.kept])
+        chosen = [[runs[i] for i in part.order] for part in route.parts]
+        jobs = [
+            self.reducer.start(part.bucket, torch.cat(mine).float().mul_(unit), part.shards)
+            for part, mine in zip(route.parts, chosen)
+        ]
+        for part, mine, job in zip(route.parts, chosen, jobs):
+            pieces = job.result().mul(self.size / unit).split(part.lengths)
+            if part.kept:
+                torch._foreach_copy_([mine[i] for i in part.kept], [pieces[i] for i in part.kept])
         return True
+
+    def reset(self) -> None:
+        """Forget residuals; the step stays with DeepSpeed's count."""
+        empty = Reducer(self.reducer.config, self.reducer.transport).state_dict()
+        self.reducer.load_state_dict({**empty, "step": int(self.engine.global_steps - self.engine.skipped_steps)})
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the reducer's state."""
+        return {}
+
+    def load_extra_state(self, document: dict[str, Any]) -> None:
+        """Take back `extra_state`; an empty document means that another number of ranks saved it."""
 
     def _route(self, scope: Scope, numel: int, destination: int | None, device: torch.device) -> Route:
         key = (scope.layout.key, scope.taken, numel, destination, device)
@@ -182,11 +196,11 @@ class Session:
                     raise self.mismatch(f"parameter {piece.name!r} is reduced but was not there at start-up")
                 groups.setdefault(self._segments[piece.name][0], []).append((index, piece))
         parts = []
-        for number, (scheme, members) in enumerate(groups.items()):
+        for scheme, members in groups.items():
             owned = all(piece.owner is not None for _, piece in members) and scatters(scheme)
             if owned:
                 members = sorted(members, key=lambda member: member[1].owner)  # type: ignore[arg-type, return-value]
-            bucket = Bucket(number, scheme, tuple(self._join([piece for _, piece in members], owned)), device)
+            bucket = Bucket(scheme, tuple(self._join([piece for _, piece in members], owned)), str(device))
             kept = tuple(i for i, (_, piece) in enumerate(members) if piece.owner in (None, self.rank))
             shards = [sum(p.numel for _, p in members if p.owner == rank) for rank in range(self.size)] if owned else None
             parts.append(Part(bucket, tuple(i for i, _ in members), [p.numel for _, p in members], shards, kept))

@@ -17,12 +17,14 @@ broadcasts from rank 0; `state_dict(optimizer)` and `load_state_dict(optimizer, 
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import os
+import sys
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import horovod
-import torch
 from horovod.torch import mpi_ops
 from horovod.torch import optimizer as host
 from horovod.torch.compression import Compressor, NoneCompressor
@@ -31,13 +33,14 @@ from torch import Tensor
 from .. import registry
 from ..config import Config, from_environment
 from ..errors import UnsupportedError, nearest
-from .horovod_session import Session, sessions
+from . import horovod_elastic
+from .horovod_session import Session, agree_on_steps, sessions
 from .notice import announce
 
-_ARGUMENTS = (
-    "self params named_parameters compression backward_passes_per_step op gradient_predivide_factor groups "
-    "sparse_as_dense process_set"
-).split()
+_CONSTRUCTOR = [
+    *("self", "params", "named_parameters", "compression", "backward_passes_per_step", "op"),
+    *("gradient_predivide_factor", "groups", "sparse_as_dense", "process_set"),
+]
 
 
 class SchemeCompressor(Compressor):
@@ -123,10 +126,189 @@ def install() -> None:
     if hasattr(cls, "_compression_session"):
         return
     arguments = list(inspect.signature(cls.__init__).parameters)
-    if arguments != _ARGUMENTS:
-        raise UnsupportedError(f"horovod {horovod.__version__}: DistributedOptimizer takes {arguments}, not {_ARGUMENTS}")
+    missing = [name for name in (*_SEAMS, "_sparse_allreduce_grad_async") if not hasattr(cls, name)]
+    if arguments != _CONSTRUCTOR or missing:
+        raise UnsupportedError(
+            f"horovod {horovod.__version__} has another DistributedOptimizer than 0.28, for which this adapter was written: "
+            f"constructor {arguments}, missing {missing}"
+        )
     _unset_malformed_variables()
+    horovod_elastic.install()
     cls._compression_session = None
-    for wrapper in (_init, _allreduce_grad_async, _synchronize, _step, _zero_grad, _load_state_dict):
-        name = "__init__" if wrapper is _init else wrapper.__name__.removeprefix("_") 
+    for name, wrapper in _SEAMS.items():
         setattr(cls, name, wrapper(getattr(cls, name)))
+    adasum = host._DistributedAdasumOptimizer
+    adasum.__init__ = _adasum_init(adasum.__init__)
+    join = mpi_ops.join = _join(mpi_ops.join)
+    if hasattr(sys.modules["horovod.torch"], "join"):  # not yet, while horovod.torch is being imported from elsewhere
+        sys.modules["horovod.torch"].join = join  # type: ignore[attr-defined]
+
+
+def _unset_malformed_variables() -> None:
+    """`horovod.run()` exports `(None,)` (horovod/runner/__init__.py, a comma too many): a loop that spins, no cache."""
+    for name in ("HOROVOD_CYCLE_TIME", "HOROVOD_CACHE_CAPACITY"):
+        if os.environ.get(name) == "(None,)":
+            del os.environ[name]
+            announce(f"horovod: unset {name}='(None,)', which horovod.run() exported by mistake")
+
+
+def _chosen(compression: Any) -> Any:
+    """The compressor to use: the script's, unless it left Horovod's default and the launcher configured one."""
+    configured = from_environment()
+    if isinstance(compression, type) and issubclass(compression, SchemeCompressor):
+        compression = compression()
+    if configured is not None and compression is NoneCompressor:
+        compression = SchemeCompressor(**configured.to_dict())
+    elif configured is not None and mpi_ops.rank() == 0:
+        name = compression.config.scheme.name if isinstance(compression, SchemeCompressor) else compression
+        announce(f"horovod: the script's own compression={name} is used, not the launcher's {configured.scheme.name!r}")
+    if isinstance(compression, SchemeCompressor):
+        config = compression.config
+        if config.scheme.host_dense and all(rule.scheme.host_dense for rule in config.rules):
+            return NoneCompressor  # nothing to compress: Horovod's own path
+    return compression
+
+
+def _init(original: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        compression = given["compression"] = _chosen(given["compression"])
+        if not isinstance(compression, SchemeCompressor):
+            return original(*call.args, **call.kwargs)
+        if given["op"] not in (mpi_ops.Average, mpi_ops.Sum):
+            why = f": {_ADASUM}" if given["op"] == mpi_ops.Adasum else ""
+            raise UnsupportedError(f"horovod compression takes op=hvd.Average or hvd.Sum only{why}")
+        if given["gradient_predivide_factor"] != 1.0:
+            raise UnsupportedError(
+                "horovod compression: gradient_predivide_factor scales around a dense sum, which there is not; leave it at 1"
+            )
+        if given["groups"] is not None:
+            given["groups"] = None
+            if mpi_ops.rank() == 0:
+                announce("horovod: groups= is replaced by the compression plan's buckets (bucket_mb)")
+        original(*call.args, **call.kwargs)
+        optimizer = given["self"]
+        optimizer._compression_session = Session(compression.config, optimizer)
+        if mpi_ops.size() == 1 and os.environ.get("HOROVOD_ELASTIC") != "1":
+            announce(
+                "horovod: one rank only, for which Horovod registers no hooks; nothing is communicated or compressed"
+            )
+
+    return __init__
+
+
+_ADASUM = "Adasum combines the optimizer's updates by their angles, which compressed ones do not keep"
+
+
+def _adasum_init(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, params: Any, named_parameters: Any, compression: Any, *args: Any, **kwargs: Any) -> None:
+        compression = _chosen(compression)
+        if isinstance(compression, SchemeCompressor):
+            raise UnsupportedError(f"horovod compression: {_ADASUM}; use op=hvd.Average or hvd.Sum, or no compression")
+        original(self, params, named_parameters, compression, *args, **kwargs)
+
+    return __init__
+
+
+def _allreduce_grad_async(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def allreduce(self: Any, p: Tensor) -> tuple[Any, Any]:
+        session: Session | None = self._compression_session
+        if session is None:
+            return original(self, p)
+        if p.grad is None:  # another rank may have one
+            p.grad = p.data.new_zeros(p.shape)
+        if session.takes(p):
+            return session.submit(p), None
+        if not p.grad.is_sparse:
+            p.grad = p.grad.to_sparse(1)
+        return self._sparse_allreduce_grad_async(p, self._parameter_names[p])
+
+    return allreduce
+
+
+def _synchronize(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def synchronize(self: Any) -> None:
+        original(self)
+        if self._compression_session is not None:
+            self._compression_session.end_step()
+
+    return synchronize
+
+
+def _step(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Weights that were quantized for the forward pass are exact again when the real optimizer steps.
+
+    After `synchronize()`, that is: only then is it settled, in elastic training, whose weights are valid.
+    """
+
+    @functools.wraps(original)
+    def step(self: Any, closure: Any = None) -> Any:
+        session: Session | None = self._compression_session
+        if session is None:
+            return original(self, closure)
+        if not self._should_synchronize:
+            session.restore_weights()
+        loss = original(self, closure)
+        session.quantize_weights()
+        return loss
+
+    return step
+
+
+def _zero_grad(original: Callable[..., None]) -> Callable[..., None]:
+    """With torch's `set_to_none`, which Horovod's own does not take."""
+
+    @functools.wraps(original)
+    def zero_grad(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self._compression_session is None:
+            return original(self, *args, **kwargs)
+        if self._handles:
+            return original(self)  # raises
+        return super(self.__class__, self).zero_grad(*args, **kwargs)
+
+    return zero_grad
+
+
+def _load_state_dict(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def load(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self._compression_session is not None:
+            self._compression_session.abort()
+        original(self, *args, **kwargs)
+
+    return load
+
+
+def _join(original: Callable[..., int]) -> Callable[..., int]:
+    @functools.wraps(original)
+    def join(*args: Any, **kwargs: Any) -> int:
+        gc.collect()  # optimizers that nobody holds any more have no part in this
+        live = sorted((session for session in sessions if session.included), key=lambda session: session.name)
+        for session in live:
+            session.prepare_join()
+        last = original(*args, **kwargs)
+        if live:
+            agree_on_steps(live)
+        return last
+
+    return join
+
+
+_SEAMS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "__init__": _init,
+    "_allreduce_grad_async": _allreduce_grad_async,
+    "synchronize": _synchronize,
+    "step": _step,
+    "zero_grad": _zero_grad,
+    "load_state_dict": _load_state_dict,
+}
+
+install()

@@ -52,7 +52,7 @@ def compare(transport: Transport, facts: dict[str, Any], tensors: dict[str, Any]
     found = []
     for what, text, column in zip(("", "tensor "), texts, (0, 1), strict=True):
         if any(row[column] != rows[0][column] for row in rows):
-            found += _explain(what, [json.loads(t) for t in _gather_texts(transport, text)])
+            found += _explain(what, [json.loads(t) for t in gather_texts(transport, text)])
     raise MismatchError(
         "horovod compression: " + "; ".join(found) + ". Give every rank the same model, configuration and package"
     )
@@ -78,7 +78,8 @@ def _gather(transport: Transport, name: str, data: bytes) -> list[bytes]:
     return [bytes(row.tolist()) for row in rows]
 
 
-def _gather_texts(transport: Transport, text: bytes) -> list[bytes]:
+def gather_texts(transport: Transport, text: bytes) -> list[bytes]:
+    """Every rank's `text`, of whatever length."""
     lengths = [int.from_bytes(row, "little") for row in _gather(transport, "lengths", len(text).to_bytes(8, "little"))]
     rows = _gather(transport, "texts", text.ljust(max(lengths)))
     return [row[:length] for row, length in zip(rows, lengths, strict=True)]

@@ -65,9 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def configuration(
-    compression: str | None, settings: Sequence[str], config_file: str | None
-) -> dict[str, Any] | None:
+def configuration(compression: str | None, settings: Sequence[str], config_file: str | None) -> dict[str, Any] | None:
     """The configuration that the command line asks for, complete and validated; None if it asks for none.
 
     Args:
@@ -82,7 +80,9 @@ def configuration(
     overrides = dict(_assignment(text) for text in settings)
     if source is None:
         if overrides:
-            raise ConfigError("--compression-set needs a scheme: add --compression NAME, or compression: to --config-file")
+            raise ConfigError(
+                "--compression-set needs a scheme: add --compression NAME, or compression: to --config-file"
+            )
         return None
     from ..config import Config  # brings pydantic; a launch without compression does not pay for it
 

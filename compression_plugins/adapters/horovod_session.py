@@ -3,24 +3,29 @@ by their last member, advanced by the hooks that follow, and drained in `synchro
 
 from __future__ import annotations
 
+import json
 import os
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from horovod.torch import mpi_ops
 from torch import Tensor
 
-from .. import __version__
+from .. import __version__, registry
 from ..config import Config
 from ..errors import MismatchError, UnsupportedError
-from ..plan import Bucket, TensorSpec, make_plan
+from ..plan import Bucket, Plan, TensorSpec, make_plan
 from ..reducer import Job, Reducer
 from ..schemes.base import Segment
+from ..schemes.double_quantization import DoubleQuantization
+from ..telemetry import Telemetry
 from ..transports.horovod import HorovodTransport
-from .horovod_handshake import Standing, compare
+from ..weights import QuantizedWeights
+from .horovod_handshake import Standing, compare, gather_texts
 from .notice import announce
 
 #: Sessions of optimizers that are still alive.
@@ -50,6 +55,28 @@ class _Slot(NamedTuple):
     segment: Segment
 
 
+@dataclass
+class _Tally:
+    """What a session has done, for the one line at its end."""
+
+    scheme: str
+    speaks: bool = False
+    size: int = 1
+    values: int = 0
+    steps: int = 0
+    sent: float = 0.0
+    exposed_s: float = 0.0
+
+    def report(self) -> None:
+        if self.speaks and self.steps:
+            sent, dense = self.sent / self.steps, 8 * self.values * (self.size - 1) / self.size
+            announce(
+                f"horovod: {self.scheme}, {self.steps} steps on {self.size} ranks, {sent / 1e6:.3f} MB sent a step and rank "
+                f"(dense {dense / 1e6:.3f} MB: {dense / max(sent, 1):.1f}x), "
+                f"{1e3 * self.exposed_s / self.steps:.2f} ms a step of communication exposed"
+            )
+
+
 class Session:
     """The compressed reduction of one optimizer.
 
@@ -67,24 +94,33 @@ class Session:
     def __init__(self, config: Config, optimizer: Any) -> None:
         self.config = config
         self.process_set = optimizer.process_set
+        self.included = bool(self.process_set.included())
         self._op, self._sparse_as_dense = optimizer.op, optimizer.sparse_as_dense
         self._names: dict[Tensor, str] = {
             p: optimizer._parameter_names[p] for g in optimizer.param_groups for p in g["params"] if p.requires_grad
         }
         for p, name in self._names.items():
             if not p.is_floating_point():
-                raise UnsupportedError(f"horovod compression: {name!r} is {p.dtype}; only real floating point is reduced")
+                raise UnsupportedError(
+                    f"horovod compression: {name!r} is {p.dtype}; only real floating point is reduced"
+                )
         self._sparse: set[Tensor] = set()
         self.plan = self._make_plan()  # what can be refused before the first gradient is refused here
-        self.reducer: Reducer | None = None
-        self._loaded: dict[str, Any] | None = None  # a state that came before there was a reducer
-        self._world = (-1, -1)  # rank and size with which the reducer's memory was built
+        self._reducer: Reducer | None = None
+        self._loaded: dict[str, Any] = {}  # a state that came before there was a reducer
+        self._world = (-1, -1)  # rank and size with which the memory was built
         self._horovod_run: object = None
         self._slots: dict[Tensor, list[_Slot]] = {}
         self._fillings: list[_Filling] = []
         self._early: list[Tensor] = []  # gradients that came before the session was open
+        self._weights: list[QuantizedWeights] = []
+        self._telemetry: Telemetry | None = None
+        self._tally = _Tally(config.scheme.name)
+        weakref.finalize(self, self._tally.report)  # at the end of the process, too
         set_id = self.process_set.process_set_id
-        self._name = f"compression_plugins.{set_id}.{_created[set_id]}"  # constructors run in the same order on all ranks
+        self.name = (
+            f"compression_plugins.{set_id}.{_created[set_id]}"  # constructors run in the same order on all ranks
+        )
         _created[set_id] += 1
         sessions.add(self)
 
@@ -100,12 +136,13 @@ class Session:
         """Take `p.grad` now, and return what gives the reduced gradient later."""
         if self.is_open():
             self._fill(p)
-            self._reducer.progress()
+            self.reducer.progress()
         else:
             self._early.append(p)
         return lambda: self._result(p)
 
     def _fill(self, p: Tensor) -> None:
+        assert p.grad is not None  # the hook, or the seam, has made one
         gradient = (p.grad.to_dense() if p.grad.is_sparse else p.grad).detach().reshape(-1)
         for filling, offset, segment in self._slots[p]:
             piece = gradient[segment.start : segment.start + segment.numel]
@@ -113,22 +150,22 @@ class Session:
             filling.missing -= 1
             if filling.missing == 0:
                 filling.empty()
-                filling.job = self._reducer.start(filling.bucket, filling.flat)
+                filling.job = self.reducer.start(filling.bucket, filling.flat)
 
-    # -- in synchronize()
+    # -- in synchronize() and step()
 
     def _result(self, p: Tensor) -> Tensor:
         if self._early:
             self.open()
         pieces = [self._reduced(filling)[at : at + segment.numel] for filling, at, segment in self._slots[p]]
         flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return flat.view(p.shape).to(p.grad.dtype)
+        return flat.view(p.shape).to(p.dtype if p.grad is None else p.grad.dtype)
 
     def _reduced(self, filling: _Filling) -> Tensor:
         if filling.reduced is None:
-            filling.reduced = filling.job.result()
-            if self._op == mpi_ops.Sum:
-                filling.reduced = filling.reduced * self.process_set.size()
+            assert filling.job is not None  # synchronize() submits every parameter before it asks for the first result
+            mean = filling.job.result()
+            filling.reduced = mean * self.process_set.size() if self._op == mpi_ops.Sum else mean
         return filling.reduced
 
     def end_step(self) -> None:
@@ -136,15 +173,31 @@ class Session:
         if any(filling.job for filling in self._fillings):
             for filling in self._fillings:
                 filling.empty()
-            self._reducer.end_step()
+            self.reducer.end_step()
+            self._tally.steps += 1
+            self._tally.sent = self._earlier[0] + self.reducer.transport.sent
+            self._tally.exposed_s = self._earlier[1] + self.reducer.exposed_s
+            self.restore_weights()
+
+    def restore_weights(self) -> None:
+        """Exact weights for the optimizer, where the scheme quantizes them for the forward pass."""
+        for weights in self._weights:
+            weights.restore()
+
+    def quantize_weights(self) -> None:
+        """After the optimizer's step."""
+        step = self.reducer.step - 1 if self._weights else -1
+        if step >= self.config.warmup_steps:
+            for weights in self._weights:
+                weights.quantize(step)
 
     def abort(self) -> None:
         """Forget what is in flight, which a restored or loaded state makes worthless."""
         self._early.clear()
         for filling in self._fillings:
             filling.empty()
-        if self.reducer is not None:
-            self.reducer.abort()
+        if self._reducer is not None:
+            self._reducer.abort()
 
     # -- at the start of a Horovod run
 
@@ -158,82 +211,135 @@ class Session:
         Raises:
             MismatchError: on every rank, if ranks differ; or if one does not come.
         """
-        early = list(self._early)
-        state = self.state_dict()
+        early, state = list(self._early), self.state_dict()
         self.abort()
         self.plan = self._make_plan()
-        transport = HorovodTransport(self._name, self.process_set)
-        self.reducer = Reducer(self.config, transport)
-        if state:
-            self.reducer.load_state_dict(state)
-        self._loaded = None
-        self._agree(transport)
-        self._world = (transport.rank, transport.size)
+        self._start(state)
+        kept, step = self._agree()
+        if not kept:
+            # A memory belongs to a rank of a world. In a new one it starts at zero, everywhere; only the step goes on.
+            self._start({})
+            self.reducer.step = step
         self._place()
-        self._horovod_run = mpi_ops._handle_map
+        self._horovod_run, self._loaded = mpi_ops._handle_map, {}
+        transport = self.reducer.transport
+        self._world = (transport.rank, transport.size)
+        self._tally.size, self._tally.speaks = transport.size, transport.rank == 0
+        self._tally.values = sum(bucket.numel for bucket in self.plan.buckets)
+        if transport.rank == 0:
+            announce(f"horovod: {self.config.scheme.name} on {transport.size} ranks, {self.plan.table()}")
         for p in early:
             self._fill(p)
 
-    def _make_plan(self) -> Any:
-        return make_plan(
-            self.config,
-            [TensorSpec(name, tuple(p.shape), p.dtype, p.device) for p, name in self._names.items() if p not in self._sparse],
-        )
+    def _start(self, state: dict[str, Any]) -> None:
+        transport = HorovodTransport(self.name, self.process_set)
+        if self._telemetry is None:
+            self._telemetry = Telemetry.from_environment(transport.rank)
+        self._earlier = (self._tally.sent, self._tally.exposed_s)
+        self._reducer = Reducer(self.config, transport, self._telemetry)
+        self._weights = self._quantized_weights()
+        if state:
+            self._load(state)
+
+    def _agree(self) -> tuple[bool, int]:
+        """Compare all that must be equal. Do the memories belong to these ranks, and what step is it?"""
+        reducer = self.reducer
+        places: dict[str, int] = {}  # how parameters spread over devices shapes the buckets; which devices does not
+        tensors = {
+            name: [position, str(p.dtype), list(p.shape), places.setdefault(str(p.device), len(places))]
+            for position, (p, name) in enumerate(self._names.items())
+            if p not in self._sparse
+        }
+        facts = {"version": __version__, "config": self.config.to_dict(), "op": self._op}
+        ranks = compare(reducer.transport, facts, tensors, Standing(reducer.step, *self._world))
+        steps = [rank.step for rank in ranks]
+        fresh = all(rank.size == -1 for rank in ranks)
+        same_world = all((rank.rank, rank.size) == (i, len(ranks)) for i, rank in enumerate(ranks))
+        if len(set(steps)) == 1 and (fresh or same_world):
+            return True, steps[0]
+        if fresh and os.environ.get("HOROVOD_ELASTIC") != "1":
+            raise MismatchError(
+                f"horovod compression: the loaded states are of different steps, rank by rank {steps}; "
+                "every rank must load its own state of one and the same step"
+            )
+        if reducer.transport.rank == 0:
+            announce(f"horovod: the ranks have changed; compression memory starts again at zero, at step {max(steps)}")
+        return False, max(steps)
+
+    def _make_plan(self) -> Plan:
+        specs = [
+            TensorSpec(name, tuple(p.shape), str(p.dtype).removeprefix("torch."), str(p.device))
+            for p, name in self._names.items()
+            if p not in self._sparse
+        ]
+        return make_plan(self.config, specs)
 
     def _place(self) -> None:
         parameters = {name: p for p, name in self._names.items()}
-        self._fillings = [_Filling(bucket) for bucket in self.plan.buckets]
-        self._slots = {}
+        self._fillings, self._slots = [_Filling(bucket) for bucket in self.plan.buckets], {}
         for filling in self._fillings:
             offset = 0
             for segment in filling.bucket.segments:
                 self._slots.setdefault(parameters[segment.name], []).append(_Slot(filling, offset, segment))
                 offset += segment.numel
 
-    def _agree(self, transport: HorovodTransport) -> None:
-        tensors = {
-            name: [position, str(p.dtype), list(p.shape)]
-            for position, (p, name) in enumerate(self._names.items())
-            if p not in self._sparse
-        }
-        facts = {"version": __version__, "config": self.config.to_dict(), "op": self._op, "plan": self.plan.digest()}
-        ranks = compare(transport, facts, tensors, Standing(self._reducer.step, *self._world))
-        steps = [rank.step for rank in ranks]
-        fresh = all(rank.size == -1 for rank in ranks)
-        same_world = all((rank.rank, rank.size) == (i, transport.size) for i, rank in enumerate(ranks))
-        if len(set(steps)) == 1 and (fresh or same_world):
-            return
-        if fresh and os.environ.get("HOROVOD_ELASTIC") != "1":
-            raise MismatchError(
-                f"horovod compression: the loaded states are of different steps, rank by rank {steps}; "
-                "load_state_dict() must be given each rank's own state of one step"
-            )
-        # A memory belongs to a rank of a world. In a new one it starts at zero, everywhere; only the step goes on.
-        self.reducer = Reducer(self.config, transport)
-        self.reducer.step = max(steps)
-        if transport.rank == 0:
-            announce(f"horovod: the ranks changed; compression memory is reset at step {max(steps)}")
+    def _quantized_weights(self) -> list[QuantizedWeights]:
+        parameters = {name: p for p, name in self._names.items()}
+        chosen: dict[DoubleQuantization, list[tuple[str, Tensor]]] = {}
+        for row in self.plan.rows:
+            if isinstance(row.scheme, DoubleQuantization) and row.scheme.weights:
+                chosen.setdefault(row.scheme, []).append((row.name, parameters[row.name]))
+        return [QuantizedWeights(scheme, named, self.config.seed) for scheme, named in chosen.items()]
 
     @property
-    def _reducer(self) -> Reducer:
-        if self.reducer is None:
-            raise RuntimeError("the compression session is not open")
-        return self.reducer
+    def reducer(self) -> Reducer:
+        if self._reducer is None:
+            raise RuntimeError("no step has been reduced yet")
+        return self._reducer
 
     # -- state
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's memory (residuals, factors, step); {} before the first step."""
-        if self.reducer is not None:
-            return self.reducer.state_dict()
-        return self._loaded or {}
+        """This rank's memory; {} before the first step."""
+        if self._reducer is None:
+            return self._loaded
+        return {**self._reducer.state_dict(), "weights": [weights.state_dict() for weights in self._weights]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict()` of this rank."""
+        """Continue from a `state_dict()` of this rank; from {}, begin again."""
         self.abort()
-        if self.reducer is None:
-            self._loaded = state or None
-        elif state:
-            self.reducer.load_state_dict(state)
+        if self._reducer is not None and state:
+            self._load(state)
         else:
-            self.reducer, self._loaded, self._horovod_run = None, None, None
+            self._reducer, self._loaded, self._weights, self._horovod_run = None, state, [], None
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.reducer.load_state_dict(state)
+        for weights, saved in zip(self._weights, state.get("weights", []), strict=True):
+            weights.load_state_dict(saved)
+
+    # -- hvd.join()
+
+    def prepare_join(self) -> None:
+        """A rank that has joined adds zeros to sums and can do nothing else.
+
+        Raises:
+            UnsupportedError: a bucket needs more than sums, and would crash Horovod's communication thread.
+        """
+        for bucket in self.plan.buckets:
+            if not bucket.scheme.sums_only:
+                able = ", ".join(name for name in registry.names() if registry.get(name).sums_only)
+                raise UnsupportedError(
+                    f"horovod compression: after hvd.join() a rank can only add zeros to sums, and {bucket.scheme.name!r} "
+                    f"needs more. Use a scheme of sums ({able}), or give every rank the same number of steps"
+                )
+        if not self.is_open():
+            self.open()
+
+
+def agree_on_steps(live: list[Session]) -> None:
+    """After `hvd.join()`: ranks that left early have missed steps, and the step seeds choices that all ranks share."""
+    own = json.dumps({session.name: session.reducer.step for session in live}).encode()
+    texts = gather_texts(HorovodTransport("compression_plugins.join"), own)
+    for session in live:
+        session.reducer.step = max(json.loads(text).get(session.name, 0) for text in texts)

@@ -53,7 +53,7 @@ class Codec(ABC):
 
     def average(self, payloads: Tensor, numel: int, out: Tensor) -> Tensor:
         """Decode the rows of `payloads` (uint8 [n, nbytes]) and write their mean, summed in rank order, to `out`."""
-        for i, payload in enumerate(payloads):
+        for i, payload in enumerate(payloads if numel else ()):
             self.decode(payload, numel, out=out, weight=1 / len(payloads), accumulate=i > 0)
         return out
 

@@ -26,13 +26,16 @@ def two_stage(codec: Codec, memory: Memory | None, call: Call, x: Tensor) -> Red
     size = call.transport.size
     shards = even_shards(x.numel(), size, codec.block)
     inbox = yield from _to_owners(codec, memory, call, x, shards)
-    mine = codec.reduce(inbox, shards[call.transport.rank], call.key._replace(stream=call.key.stream + _SECOND_STAGE))
-    slot = x.new_zeros(codec.nbytes(max(shards)), dtype=mine.dtype)
-    slot[: len(mine)] = mine
+    own = shards[call.transport.rank]
+    slot = inbox.new_zeros(codec.nbytes(max(shards)))
+    if own:
+        key = call.key._replace(stream=call.key.stream + _SECOND_STAGE)
+        slot[: codec.nbytes(own)] = codec.reduce(inbox, own, key)
     outbox = yield call.transport.all_gather(slot)
     result = x.new_empty(x.numel())
-    for payload, numel, out in zip(outbox, shards, result.split(list(shards))):
-        codec.decode(payload[: codec.nbytes(numel)], numel, out=out)
+    for payload, numel, out in zip(outbox, shards, result.split(shards)):
+        if numel:
+            codec.decode(payload[: codec.nbytes(numel)], numel, out=out)
     return result
 
 

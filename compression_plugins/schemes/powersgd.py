@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _GLOBAL = Memory(scope="global")
+_TINY = 2.0**-126  # smallest normal fp32
 
 
 @register
@@ -56,7 +57,8 @@ class PowerSGD(Scheme):
         outputs = result.split([segment.numel for segment in call.segments])
         for i, left, right, query in zip(low, lefts, rights, queries):
             torch.mm(left, right.T, out=outputs[i].view(left.shape[0], -1))
-            query.copy_(right.where(right.isfinite().all(), query))
+            unit = right / right.abs().amax().clamp_min(_TINY)  # only its span matters; a power iteration must not overflow
+            query.copy_(unit.where(unit.isfinite().all() & right.any(), query))
         for i, mean in zip(dense, tail):
             outputs[i].copy_(mean)
         _GLOBAL.update(x, residual, result)

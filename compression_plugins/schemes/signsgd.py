@@ -54,16 +54,14 @@ class Vote(Codec):
             payload, numel, max(32, -(-numel // 32) * 32), out=out, weight=weight, accumulate=accumulate
         )
 
-    def reduce(self, payloads: Tensor, numel: int, key: Key) -> Tensor:
+    def reduce(self, payloads: Tensor, numel: int, key: Key | None = None) -> Tensor:
         import torch
 
-        if not numel:
-            return payloads.new_empty(0)
         magnitude = payloads[:, :4].contiguous().view(torch.float32).mean(0)
         return torch.cat([magnitude.view(torch.uint8), K.sign_vote(payloads[:, 4:].contiguous(), numel)])
 
     def average(self, payloads: Tensor, numel: int, out: Tensor) -> Tensor:
-        return self.decode(self.reduce(payloads, numel, None), numel, out=out) if numel else out  # type: ignore[arg-type]
+        return self.decode(self.reduce(payloads, numel), numel, out=out) if numel else out
 
 
 @register

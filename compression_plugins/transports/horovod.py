@@ -20,8 +20,6 @@ from .base import Done, Handle, Transport
 #: Seconds between polls. `mpi_ops.synchronize` spins instead and, with as many ranks as cores, starves the thread
 #: that communicates.
 POLL_INTERVAL = 50e-6
-#: What Horovod's sum accepts on every build; other floats are summed in fp32.
-_SUMMABLE = {torch.float16, torch.float32, torch.float64, torch.int32, torch.int64}
 
 
 class HorovodTransport(Transport):
@@ -58,9 +56,7 @@ class HorovodTransport(Transport):
     def _all_reduce(self, x: Tensor) -> Handle:
         if x.numel() == 0:
             return Done(x.clone())
-        wire = x if x.dtype in _SUMMABLE else x.float()
-        handle = mpi_ops.allreduce_async(wire, op=mpi_ops.Sum, **self._next("sum"))
-        return HorovodHandle(handle, lambda out: out.to(x.dtype))
+        return HorovodHandle(mpi_ops.allreduce_async(x, op=mpi_ops.Sum, **self._next("sum")))
 
     def _all_gather(self, x: Tensor) -> Handle:
         if x.numel() == 0:
@@ -87,7 +83,7 @@ class HorovodTransport(Transport):
         return HorovodHandle(handle)
 
     def _exchange(self, x: Tensor, to: int, source: int) -> Handle:
-        """Horovod has no send and receive: an all-to-all whose splits are zero elsewhere costs one cycle of its loop."""
+        """Horovod has no send and receive: an all-to-all whose splits are zero elsewhere takes one cycle of its loop."""
         send, receive = [0] * self.size, [0] * self.size
         send[to] = receive[source] = x.numel()
         return self._all_to_all(x, send, receive)

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .base import Done, Handle, Transport
 
+#: torch 2.13 renamed it; the old name warns there.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class TorchDistributed(Transport):
     """One rank of a process group.
@@ -48,7 +51,7 @@ class TorchDistributed(Transport):
         if self.size == 1:
             return Done(x.clone().view(1, -1))
         result = x.new_empty(self.size, x.numel())
-        work = dist.all_gather_into_tensor(result.view(-1), x, group=self.group, async_op=True)
+        work = _all_gather(result.view(-1), x, group=self.group, async_op=True)
         return _Pending([work], result, x)
 
     def _all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Handle:

@@ -1,31 +1,35 @@
 """What the CPU encoders share: a tile of elements that stays in the first-level cache, its memory and its statistics.
 
 An encoder walks over blocks, and inside a block over tiles of at most ``TILE`` elements: load and compensate a tile,
-measure the block, then quantize tile by tile. Each step is its own loop, short enough for LLVM to vectorise.
+measure the block, then quantize tile by tile. Each step is its own loop, short enough for LLVM to vectorise: that needs
+unsigned indices (`uintp`), since Numba otherwise tests every ``start + i`` for a negative, wrapping index.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import float32, int32, njit, uint32
+from numba import float32, int32, njit, uintp
 
 from ..layout import Memory
+from ._floats import from_bf16, from_fp16
 
 TILE = 1024  # elements; source, residual and three buffers of a tile fit in 32 KiB
 
-_FP32, _BF16, _FP16 = 0, 1, 2
+FP32, BF16, FP16 = 0, 1, 2
 _EMPTY_FLOAT, _EMPTY_HALF = np.empty(0, np.float32), np.empty(0, np.uint16)
 _MAGNITUDE, _INFINITY = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
-_FP16_REBIAS = np.float32(2.0**112)  # moves an fp16 exponent field to its place in fp32, subnormals included
 
 
 def source(x: torch.Tensor) -> tuple[np.ndarray, np.ndarray, int]:
     """``(fp32 array, raw 16-bit array, kind)`` for `load`; a non-contiguous x is copied once."""
     x = x.detach().contiguous()
     if x.dtype == torch.float32:
-        return x.numpy(), _EMPTY_HALF, _FP32
-    return _EMPTY_FLOAT, x.view(torch.uint16).numpy(), _BF16 if x.dtype == torch.bfloat16 else _FP16
+        return x.numpy(), _EMPTY_HALF, FP32
+    return _EMPTY_FLOAT, x.view(torch.uint16).numpy(), BF16 if x.dtype == torch.bfloat16 else FP16
+
+
+NO_SOURCE = _EMPTY_FLOAT, _EMPTY_HALF, FP32
 
 
 def factors(memory: Memory) -> tuple:
@@ -35,32 +39,29 @@ def factors(memory: Memory) -> tuple:
     return array, r is not None, np.float32(memory.alpha), np.float32(memory.decay), np.float32(memory.sent)
 
 
+def descent(param: torch.Tensor, momentum_buffer: torch.Tensor | None, lr: float, momentum: float) -> tuple:
+    """``(param, momentum array, whether there is one, lr, momentum)`` for the kernels."""
+    m = _EMPTY_FLOAT if momentum_buffer is None else momentum_buffer.detach().numpy()
+    return param.detach().numpy(), m, momentum_buffer is not None, np.float32(lr), np.float32(momentum)
+
+
 @njit(nogil=True, cache=True)
 def load(x32, x16, kind, start, count, p):
     """``p[:count] = fp32(x[start : start + count])``."""
-    if kind == _FP32:
+    if kind == BF16:
+        from_bf16(x16, start, count, p)
+    elif kind == FP16:
+        from_fp16(x16, start, count, p)
+    else:
+        start, count = uintp(start), uintp(count)
         for i in range(count):
             p[i] = x32[start + i]
-        return
-    bits = p.view(np.uint32)
-    if kind == _BF16:
-        for i in range(count):
-            bits[i] = uint32(x16[start + i]) << uint32(16)
-        return
-    for i in range(count):
-        half = uint32(x16[start + i])
-        bits[i] = (half & uint32(0x7FFF)) << uint32(13)
-    for i in range(count):
-        p[i] = p[i] * _FP16_REBIAS
-    for i in range(count):
-        half = uint32(x16[start + i])
-        special = uint32(0x7F800000) if (half & uint32(0x7C00)) == uint32(0x7C00) else uint32(0)
-        bits[i] = bits[i] | special | ((half & uint32(0x8000)) << uint32(16))
 
 
 @njit(nogil=True, cache=True)
 def compensate(p, kept, r, start, count, alpha, decay):
     """From x in ``p``: ``kept = decay * r + x`` and ``p = x + alpha * r``. The two may share one buffer if decay = alpha."""
+    start, count = uintp(start), uintp(count)
     if alpha == decay:
         for i in range(count):
             p[i] = p[i] + alpha * r[start + i]
@@ -74,6 +75,7 @@ def compensate(p, kept, r, start, count, alpha, decay):
 @njit(nogil=True, cache=True)
 def remember(r, kept, q, start, count, sent):
     """``r = kept - sent * q``."""
+    start, count = uintp(start), uintp(count)
     for i in range(count):
         r[start + i] = kept[i] - sent * q[i]
 
@@ -81,6 +83,7 @@ def remember(r, kept, q, start, count, sent):
 @njit(nogil=True, cache=True)
 def store(values, out, start, count, weight, accumulate):
     """``out = weight * values`` or ``out += weight * values``."""
+    start, count = uintp(start), uintp(count)
     if accumulate:
         for i in range(count):
             out[start + i] = out[start + i] + weight * values[i]
@@ -123,14 +126,14 @@ def finite_bits(bits):
 
 @njit(nogil=True, cache=True)
 def float_of(bits):
-    return int32(bits).view(np.float32)
+    return np.int32(bits).view(np.float32)
 
 
 @njit(nogil=True, cache=True)
-def average(p, count, ranks):
-    """``p /= ranks``, correctly rounded."""
-    if ranks > 1:
-        n = float32(ranks)
+def divide(p, count, by):
+    """``p /= by``, correctly rounded."""
+    if by > 1:
+        n = float32(by)
         for i in range(count):
             p[i] = p[i] / n
 
@@ -142,9 +145,10 @@ def add(p, q, count):
 
 
 @njit(nogil=True, cache=True)
-def descend(update, param, m, start, count, lr, momentum, has_momentum):
+def descend(update, param, m, has_m, start, count, lr, momentum):
     """``param -= lr * update``, through ``m = momentum * m + update`` with a momentum buffer."""
-    if has_momentum:
+    start, count = uintp(start), uintp(count)
+    if has_m:
         for i in range(count):
             update[i] = momentum * m[start + i] + update[i]
         for i in range(count):

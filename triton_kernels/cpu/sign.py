@@ -3,86 +3,129 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import float32, njit, uint8, uint32, uint64
+import torch
+from numba import float32, njit
 
 from .. import layout
 from ..layout import Memory
 from . import _tile
-from ._tile import TILE, add, average, compensate, descend, load, remember, store, sum_abs
+from ._bits import sign_mask, spread_mask
+from ._tile import TILE, add, compensate, descend, divide, load, remember, store, sum_abs
 
-# Byte i of a word of eight 0/1 bytes becomes bit i of the top byte of the product.
-_GATHER_BITS, _TOP_BYTE = np.uint64(0x0102040810204080), np.uint64(56)
-_SIGN_BIT = np.uint32(0x80000000)
-_NO_SCALES, _NO_WORDS = np.empty((0, 0), np.float32), np.empty((0, 0), np.uint32)
+_NO_PAYLOADS = np.empty(0, np.float32), np.empty(0, np.uint32), 0
 
 
 @njit(nogil=True, cache=True)
-def _pack(p, count, ones, ones64, out, first):
-    """Bits ``p >= 0`` of ``count`` elements, padded with zeros to a multiple of 32, into bytes ``out[first:]``."""
-    padded = (count + 31) // 32 * 32
-    for i in range(count):
-        ones[i] = p[i] >= float32(0)
-    for i in range(count, padded):
-        ones[i] = 0
-    for j in range(padded // 8):
-        out[first + j] = uint8((ones64[j] * _GATHER_BITS) >> _TOP_BYTE)
+def _pack(p, count, words, first):
+    """Bits ``p >= 0`` of ``count`` elements into ``words[first:]``; changes p beyond ``count``, up to whole words."""
+    padded = (count + 31) // 32
+    for i in range(count, 32 * padded):
+        p[i] = float32(-1)
+    for w in range(padded):
+        words[first + w] = sign_mask(p, 32 * w)
 
 
 @njit(nogil=True, cache=True)
 def _expand(words, first, count, scale, q):
     """``q = +scale`` where the bit is 1, ``-scale`` where it is 0; writes up to the next multiple of 32 elements."""
-    bits = q.view(np.uint32)
-    positive = float32(scale).view(np.uint32)
     for w in range((count + 31) // 32):
-        inverted = ~words[first + w]
-        for k in range(32):
-            bits[32 * w + k] = positive ^ (uint32(inverted << uint32(31 - k)) & _SIGN_BIT)
+        spread_mask(words[first + w], scale, -scale, q, 32 * w)
 
 
 @njit(nogil=True, cache=True)
-def _mean(scales, words, b, start, count, p, q):
-    """``p`` = average of the decoded payloads over one tile of block ``b``."""
-    ranks = scales.shape[0]
-    _expand(words[0], start // 32, count, scales[0, b], p)
-    for rank in range(1, ranks):
-        _expand(words[rank], start // 32, count, scales[rank, b], q)
+def _mean(scales, words, ranks, blocks, start, block, count, p, q):
+    """``p`` = average of the decoded payloads over the tile that starts at ``start``."""
+    size = words.size // ranks
+    _expand(words, blocks + start // 32, count, scales[start // block], p)
+    for row in range(size, ranks * size, size):
+        _expand(words, row + blocks + start // 32, count, scales[row + start // block], q)
         add(p, q, count)
-    average(p, count, ranks)
+    divide(p, count, ranks)
 
 
 @njit(nogil=True, cache=True)
-def _encode(x32, x16, kind, in_scales, in_words, numel, block, r, has_r, alpha, decay, sent, scales, code):
-    """Encodes x, or with ``in_scales`` (shape [ranks, blocks]) the average of the payloads given."""
+def _encode(x32, x16, kind, in_scales, in_words, ranks, numel, block, r, has_r, alpha, decay, sent, scales, words):
+    """Encodes x or, if ``ranks`` > 0, the average of that many payloads.
+
+    A payload, or several end to end, comes as two views of the same memory, fp32 (``scales``) and uint32 (``words``).
+    """
+    blocks = (numel + block - 1) // block
     tile = min(block, TILE)
     p, q = np.empty(tile, np.float32), np.empty(tile, np.float32)
     kept = p if alpha == decay else np.empty(tile, np.float32)
-    ones = np.empty(tile, np.uint8)
-    ones64 = ones.view(np.uint64)
-    averaging = in_scales.shape[0] > 0
-    for b in range(scales.size):
+
+    def fetch(start, count):
+        if ranks:
+            _mean(in_scales, in_words, ranks, blocks, start, block, count, p, q)
+        else:
+            load(x32, x16, kind, start, count, p)
+        if has_r:
+            compensate(p, kept, r, start, count, alpha, decay)
+
+    for b in range(blocks):
         first = b * block
         last = min(first + block, numel)
         total = 0.0
-        for sweep in range(2):  # 0 measures the block, 1 quantizes it
-            for start in range(first, last, tile):
-                count = min(tile, last - start)
-                if sweep == 0 or last - first > tile:  # a block of one tile is still in p
-                    if averaging:
-                        _mean(in_scales, in_words, b, start, count, p, q)
-                    else:
-                        load(x32, x16, kind, start, count, p)
-                    if has_r:
-                        compensate(p, kept, r, start, count, alpha, decay)
-                if sweep == 0:
-                    total += sum_abs(p, count)
-                    continue
-                _pack(p, count, ones, ones64, code, start // 8)
-                if has_r and np.isfinite(total):
-                    for i in range(count):
-                        q[i] = scales[b] if p[i] >= float32(0) else -scales[b]
-                    remember(r, kept, q, start, count, sent)
-            if sweep == 0:
-                scales[b] = float32(total / (last - first)) if np.isfinite(total) else float32(np.nan)
+        for start in range(first, last, tile):
+            count = min(tile, last - start)
+            fetch(start, count)
+            total += sum_abs(p, count)
+        finite = np.isfinite(total)
+        scale = float32(total / (last - first)) if finite else float32(np.nan)
+        scales[b] = scale
+        for start in range(first, last, tile):
+            count = min(tile, last - start)
+            if last - first > tile:  # else the tile is still there
+                fetch(start, count)
+            if has_r and finite:
+                for i in range(count):
+                    q[i] = scale if p[i] >= float32(0) else -scale
+                remember(r, kept, q, start, count, sent)
+            _pack(p, count, words, blocks + start // 32)
+
+
+@njit(nogil=True, cache=True)
+def _decode(scales, words, numel, block, out, weight, accumulate):
+    blocks = (numel + block - 1) // block
+    tile = min(block, TILE)
+    q = np.empty(tile, np.float32)
+    for b in range(blocks):
+        last = min((b + 1) * block, numel)
+        for start in range(b * block, last, tile):
+            count = min(tile, last - start)
+            _expand(words, blocks + start // 32, count, scales[b], q)
+            store(q, out, start, count, weight, accumulate)
+
+
+@njit(nogil=True, cache=True)
+def _apply(scales, words, numel, block, param, m, has_m, lr, momentum):
+    blocks = (numel + block - 1) // block
+    tile = min(block, TILE)
+    q = np.empty(tile, np.float32)
+    for b in range(blocks):
+        last = min((b + 1) * block, numel)
+        for start in range(b * block, last, tile):
+            count = min(tile, last - start)
+            _expand(words, blocks + start // 32, count, scales[b], q)
+            descend(q, param, m, has_m, start, count, lr, momentum)
+
+
+@njit(nogil=True, cache=True)
+def _vote(ballots, ranks, numel, out):
+    votes, q = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    for start in range(0, numel, TILE):
+        count = min(TILE, numel - start)
+        _expand(ballots, start // 32, count, float32(1), votes)
+        for rank in range(1, ranks):
+            _expand(ballots, rank * out.size + start // 32, count, float32(1), q)
+            add(votes, q, count)
+        _pack(votes, count, out, start // 32)
+
+
+def _views(payload):
+    """The memory of one or more payloads as ``(fp32, uint32)`` arrays."""
+    payload = payload.view(-1)
+    return payload.view(torch.float32).numpy(), payload.view(torch.uint32).numpy()
 
 
 def sign_encode(x, block, residual=None, alpha=1.0, decay=1.0, sent=1.0, out=None):
@@ -91,7 +134,39 @@ def sign_encode(x, block, residual=None, alpha=1.0, decay=1.0, sent=1.0, out=Non
     layout.check_input(x, memory)
     numel = x.numel()
     out = layout.payload_for(out, layout.sign_bytes(numel, block), x)
-    scales, words = layout.split(out, layout.blocks(numel, block))
-    target = scales.numpy(), words.view(torch.uint8).numpy()
-    _encode(*_tile.source(x), _NO_SCALES, _NO_WORDS, numel, block, *_tile.factors(memory), *target)
+    _encode(*_tile.source(x), *_NO_PAYLOADS, numel, block, *_tile.factors(memory), *_views(out))
     return out
+
+
+def sign_decode(payload, numel, block, out=None, weight=1.0, accumulate=False):
+    layout.check_block(block)
+    layout.check_payload(payload, layout.sign_bytes(numel, block))
+    out = layout.result_for(out, numel, payload, accumulate)
+    _decode(*_views(payload), numel, block, out.numpy(), np.float32(weight), accumulate)
+    return out
+
+
+def sign_reduce(payloads, numel, block, out=None, *, residual=None, alpha=1.0, decay=1.0, sent=1.0):
+    memory = Memory(residual, alpha, decay, sent)
+    layout.check_block(block)
+    layout.check_payloads(payloads, layout.sign_bytes(numel, block))
+    layout.check_residual(memory, payloads, numel)
+    out = layout.payload_for(out, layout.sign_bytes(numel, block), payloads)
+    given = *_views(payloads), len(payloads)
+    _encode(*_tile.NO_SOURCE, *given, numel, block, *_tile.factors(memory), *_views(out))
+    return out
+
+
+def sign_vote(payloads, numel):
+    layout.check_payloads(payloads, 4 * layout.words(numel, 1))
+    out = torch.empty(payloads.shape[1], dtype=torch.uint8)
+    _vote(_views(payloads)[1], len(payloads), numel, _views(out)[1])
+    return out
+
+
+def sign_apply(payload, param, block, lr, momentum_buffer=None, momentum=0.0):
+    numel = param.numel()
+    layout.check_block(block)
+    layout.check_payload(payload, layout.sign_bytes(numel, block))
+    layout.check_apply(payload, param, momentum_buffer)
+    _apply(*_views(payload), numel, block, *_tile.descent(param, momentum_buffer, lr, momentum))

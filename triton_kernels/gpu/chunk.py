@@ -88,11 +88,12 @@ def _loop_kernel(
     g, residual, p = _load(x, r, base + index, (index >= 0) & (index < stop), alpha, REMEMBERS)
     tl.store(values + row, tl.where(finite, p, float("nan")))
     if REMEMBERS:
-        for start in range(0, stop, WIDTH):
-            offset = start + lane
-            g, residual, p = _load(x, r, base + offset, offset < stop, alpha, REMEMBERS)
-            updated = decay * residual + g - sent * tl.where(offset == index, p, 0.0)
-            tl.store(r + base + offset, updated, mask=(offset < stop) & finite)
+        if finite:
+            for start in range(0, stop, WIDTH):
+                offset = start + lane
+                g, residual, p = _load(x, r, base + offset, offset < stop, alpha, REMEMBERS)
+                updated = decay * residual + g - sent * tl.where(offset == index, p, 0.0)
+                tl.store(r + base + offset, updated, mask=offset < stop)
 
 
 def chunk_select(

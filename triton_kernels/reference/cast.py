@@ -46,36 +46,20 @@ def cast_encode(
     p = compensate(x, memory)
     words.zero_()  # the padding
     if kind == "fp8":
-        codes, keep = words.view(torch.float8_e4m3fn)[:numel], _fp8_scales(p, block, scales)
-        norm = per_element(scales, numel, block)
-        inverse = per_element(_fp8_inverse(p, block), numel, block)
-        codes.copy_(torch.where(norm > 0, p * inverse, torch.zeros_like(p)).to(torch.float8_e4m3fn))
-        keep = per_element(keep, numel, block)
+        absmax = blocked(p.abs(), block).amax(1)
+        broken, inverse = ~absmax.isfinite(), torch.full_like(absmax, FP8_MAX) / absmax
+        zero = inverse.isinf()
+        scales.copy_(torch.where(broken, torch.nan, torch.where(zero, 0.0, divide(absmax, FP8_MAX))))
+        sendable = per_element(~(broken | zero), numel, block)
+        scaled = torch.where(sendable, p * per_element(inverse, numel, block), 0.0)
+        words.view(torch.float8_e4m3fn)[:numel] = scaled.to(torch.float8_e4m3fn)
+        keep = per_element(broken, numel, block)
     else:
         dtype, nan = _HALF[kind]
-        codes = words.view(torch.int16)[:numel]
-        codes.copy_(torch.where(p.isnan(), nan, p.to(dtype).view(torch.int16)))
+        words.view(torch.int16)[:numel] = torch.where(p.isnan(), nan, p.to(dtype).view(torch.int16))
         keep = ~p.to(dtype).isfinite()
     remember(x, cast_decode(out, numel, kind, block), keep, memory)
     return out
-
-
-def _absmax(p: torch.Tensor, block: int) -> torch.Tensor:
-    return blocked(p.abs(), block).amax(1)
-
-
-def _fp8_inverse(p: torch.Tensor, block: int) -> torch.Tensor:
-    """448 / max|p| of each block."""
-    absmax = _absmax(p, block)
-    return torch.full_like(absmax, FP8_MAX) / absmax
-
-
-def _fp8_scales(p: torch.Tensor, block: int, scales: torch.Tensor) -> torch.Tensor:
-    """Writes the scales; returns which blocks are not finite, bool [blocks]."""
-    absmax, zero = _absmax(p, block), _fp8_inverse(p, block).isinf()
-    broken = ~absmax.isfinite()
-    scales.copy_(torch.where(broken, torch.nan, torch.where(zero, 0.0, divide(absmax, FP8_MAX))))
-    return broken
 
 
 def cast_decode(

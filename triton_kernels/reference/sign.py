@@ -119,7 +119,5 @@ def sign_apply(
     ``param``: fp32 [n], contiguous.
     """
     numel = param.numel()
-    layout.check_buffer(param, payload, numel, "param")
-    if momentum_buffer is not None:
-        layout.check_buffer(momentum_buffer, payload, numel, "momentum_buffer")
+    layout.check_apply(payload, param, momentum_buffer)
     descend(param, sign_decode(payload, numel, block), lr, momentum_buffer, momentum)

@@ -132,7 +132,5 @@ def uniform_apply(
 ) -> None:
     """``param -= lr * decode(payload)`` in place, in one pass (K3); heavy ball as in `sign_apply`."""
     numel = param.numel()
-    layout.check_buffer(param, payload, numel, "param")
-    if momentum_buffer is not None:
-        layout.check_buffer(momentum_buffer, payload, numel, "momentum_buffer")
+    layout.check_apply(payload, param, momentum_buffer)
     descend(param, uniform_decode(payload, numel, bits, block), lr, momentum_buffer, momentum)

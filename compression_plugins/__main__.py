@@ -1,0 +1,7 @@
+"""`python -m compression_plugins` is the command `compression-plugins`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

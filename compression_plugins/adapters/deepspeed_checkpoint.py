@@ -1,0 +1,133 @@
+"""The compression state beside DeepSpeed's checkpoint: one file a rank, in the folder of the tag.
+
+Why not inside DeepSpeed's files: at stage 0 it keeps rank 0's optimizer state only, and a residual differs on every rank;
+the conversion tools for universal checkpoints would not know our entries.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import __version__
+from ..errors import CompressionError
+from ..reducer import reshard
+from .deepspeed_handshake import differences
+
+if TYPE_CHECKING:
+    from .deepspeed_backend import Session
+
+_FILE = "communication_compression_rank_{rank:05d}_of_{size:05d}.pt"
+_PATTERN = re.compile(r"communication_compression_rank_(\d+)_of_(\d+)\.pt")
+
+
+def follow(session: Session) -> None:
+    """Save and load with the engine. DeepSpeed writes `latest` after `_save_checkpoint`, so never points at half a state."""
+    engine = session.engine
+    save_original, load_original = engine._save_checkpoint, engine._load_checkpoint
+
+    @functools.wraps(save_original)
+    def _save_checkpoint(save_dir: str, tag: str, *args: Any, **kwargs: Any) -> Any:
+        result = save_original(save_dir, tag, *args, **kwargs)
+        save(session, Path(save_dir) / str(tag))
+        return result
+
+    @functools.wraps(load_original)
+    def _load_checkpoint(
+        load_dir: str, tag: str, *args: Any, load_optimizer_states: bool = True, load_module_only: bool = False, **kwargs: Any
+    ) -> Any:
+        kwargs |= {"load_optimizer_states": load_optimizer_states, "load_module_only": load_module_only}
+        result = load_original(load_dir, tag, *args, **kwargs)
+        if result[0] is not None:
+            if load_optimizer_states and not load_module_only:
+                load(session, Path(load_dir) / str(tag))
+            else:
+                session.reset()
+        return result
+
+    engine._save_checkpoint, engine._load_checkpoint = _save_checkpoint, _load_checkpoint
+
+
+def save(session: Session, folder: Path) -> None:
+    """Write this rank's file; it appears under its name only when complete."""
+    document = {
+        "version": __version__,
+        "config": session.reducer.config.to_dict(),
+        "reducer": _to_cpu(session.reducer.state_dict()),
+        **session.extra_state(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _FILE.format(rank=session.rank, size=session.size)
+    partial = path.with_suffix(".partial")
+    torch.save(document, partial)
+    os.replace(partial, path)
+
+
+def load(session: Session, folder: Path) -> None:
+    """Continue from the files in `folder`.
+
+    The same number of ranks continues bit for bit. Another number starts from the mean of all old residuals on every rank,
+    so that what is still owed to the averaged update is paid. A checkpoint without files (of an uncompressed job), or of
+    another scheme, starts with empty memory, and says so.
+
+    Raises:
+        CompressionError: files of some ranks are missing or unreadable.
+    """
+    from deepspeed.utils import log_dist
+
+    files = {(int(m[1]), int(m[2])): p for p in folder.glob("communication_compression_rank_*.pt") if (m := _PATTERN.fullmatch(p.name))}
+    own = files.get((session.rank, session.size))
+    if not files:
+        session.reset()
+        log_dist(f"communication_compression: {folder} holds no compression state; residuals start at zero", ranks=[0])
+        return
+    document = _read(own) if own else _merge(files, folder, session.size)
+    changed = differences(document["config"], session.reducer.config.to_dict())
+    if changed:
+        log_dist(f"communication_compression: since {folder} was saved the configuration changed: {'; '.join(changed)}"
+                 .replace(" on rank 0", " then").replace(" there", " now"), ranks=[0])  # fmt: skip
+    if document["config"]["scheme"] != session.reducer.config.scheme.name:
+        session.reset()
+        log_dist("communication_compression: another scheme cannot use these residuals; they start at zero", ranks=[0])
+        return
+    session.reducer.load_state_dict(document["reducer"])
+    session.load_extra_state(document if own else {})
+
+
+def _merge(files: dict[tuple[int, int], Path], folder: Path, size: int) -> dict[str, Any]:
+    """The document for a rank of a world of another size."""
+    from deepspeed.utils import log_dist
+
+    sizes = sorted({old for _, old in files})
+    if len(sizes) > 1:
+        raise CompressionError(f"{folder} holds compression state of {sizes} ranks and not of {size}; delete the stale files")
+    missing = [rank for rank in range(sizes[0]) if (rank, sizes[0]) not in files]
+    if missing:
+        raise CompressionError(
+            f"{folder} holds compression state of {sizes[0]} ranks, but not of ranks {missing}; to continue on {size} ranks "
+            "copy all files into a folder that every node can read"
+        )
+    documents = [_read(files[rank, sizes[0]]) for rank in range(sizes[0])]
+    log_dist(f"communication_compression: residuals of {sizes[0]} ranks are averaged onto {size} ranks", ranks=[0])
+    return {**documents[0], "reducer": reshard([document["reducer"] for document in documents])}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several kinds for a damaged file
+        raise CompressionError(f"cannot read compression state {path}: {error}") from error
+    if not isinstance(document, dict) or not {"config", "reducer"} <= document.keys():
+        raise CompressionError(f"{path} is not a compression state of this package")
+    return document
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_cpu(item) for key, item in value.items()}
+    return value.cpu() if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,81 @@
+"""The command `compression-plugins`."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Sequence
+
+import yaml
+
+from . import __version__, registry
+from .config import Config
+from .errors import CompressionError
+from .schemes.base import Segment
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status. A mistake of the user prints one line and returns 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["horovodrun"]:  # everything after it belongs to horovodrun's own parser
+        from .adapters.horovod_launch import main as horovodrun
+
+        return horovodrun(arguments[1:])
+    parser = argparse.ArgumentParser(prog="compression-plugins", description="Communication compression for Horovod and DeepSpeed.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    schemes = commands.add_parser("schemes", help="list the schemes")
+    schemes.add_argument("--markdown", action="store_true", help="as the table of docs/schemes.md")
+    show = commands.add_parser("show", help="check a configuration and print all of it")
+    show.add_argument("config", help="name of a scheme, or path of a YAML or JSON file")
+    show.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="replace a key")
+    commands.add_parser("horovodrun", help="horovodrun with --compression, where the plain command cannot be extended")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "schemes":
+            print(schemes_markdown() if options.markdown else schemes_text())
+        else:
+            print(yaml.safe_dump(Config.load(options.config, parse_overrides(options.overrides)).to_dict(), sort_keys=False), end="")
+    except CompressionError as error:
+        print(f"compression-plugins: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse_overrides(pairs: Sequence[str]) -> dict[str, object]:
+    """`["ratio=100"]` -> `{"ratio": 100}`; values are read as YAML."""
+    overrides: dict[str, object] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise CompressionError(f"{pair!r} is not KEY=VALUE, for example ratio=100")
+        try:
+            overrides[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise CompressionError(f"{pair!r}: the value is not plain YAML") from None
+    return overrides
+
+
+def schemes_text() -> str:
+    """One line a scheme: name and what it does."""
+    width = max(map(len, registry.names()))
+    return "\n".join(f"{name:{width}}  {_summary(name)}" for name in registry.names())
+
+
+def schemes_markdown() -> str:
+    """The table of docs/schemes.md."""
+    lines = ["| scheme | what it does | paper | bits sent per value, 2 / 8 ranks | parameters (default) |", "|---|---|---|---|---|"]
+    for name in registry.names():
+        cls = registry.get(name)
+        scheme = cls()
+        bucket = [Segment("weight", 0, 1 << 20, (1024, 1024))]
+        bits = " / ".join(f"{scheme.wire_bits(bucket, n) / 2**20:.3g}" for n in (2, 8))
+        parameters = ", ".join(f"`{k}` ({v})" for k, v in scheme.model_dump().items()) or "-"
+        lines.append(f"| `{name}` | {_summary(name)} | {cls.paper} | {bits} | {parameters} |")
+    return "\n".join(lines)
+
+
+def _summary(name: str) -> str:
+    module = sys.modules[registry.get(name).__module__]
+    return (inspect.getdoc(module) or "").splitlines()[0]

@@ -1,0 +1,82 @@
+"""Every tensor has one decision and one place; nothing is skipped without a reason in the table."""
+
+from __future__ import annotations
+
+import pytest
+
+from compression_plugins.config import Config
+from compression_plugins.errors import ConfigError
+from compression_plugins.plan import TensorSpec, make_plan
+
+SPECS = [
+    TensorSpec("embed.weight", (1000, 64), "float32"),
+    TensorSpec("block.norm.weight", (64,), "float32"),
+    TensorSpec("block.weight", (64, 64), "bfloat16"),
+    TensorSpec("block.tiny", (3, 3), "float32"),
+    TensorSpec("head.weight", (10, 640), "float32"),
+    TensorSpec("head.bias", (10,), "float32"),
+]
+
+
+def plan(**document: object):  # noqa: ANN201
+    return make_plan(Config.load({"scheme": "scalecom", **document}), SPECS)
+
+
+def reasons(**document: object) -> dict[str, tuple[str, str]]:
+    return {row.name: (row.scheme.name, row.reason) for row in plan(**document).rows}
+
+
+def test_small_one_dimensional_and_exempt_tensors_travel_as_they_are_and_say_why() -> None:
+    assert reasons(exempt=["head*"], min_numel=10) == {
+        "embed.weight": ("scalecom", ""),
+        "block.norm.weight": ("none", "fewer than 2 dimensions"),
+        "block.weight": ("scalecom", ""),
+        "block.tiny": ("none", "below min_numel 10"),
+        "head.weight": ("none", "exempt 'head*'"),
+        "head.bias": ("none", "exempt 'head*'"),
+    }
+
+
+def test_the_first_rule_that_matches_wins_over_exemptions() -> None:
+    rules = [{"match": "head.bias", "scheme": "qsgd"}, {"match": "head*", "ratio": 5}, {"match": "embed*", "scheme": "none"}]
+    decided = reasons(rules=rules, exempt=["head*"])
+    assert decided["head.bias"] == ("qsgd", "")
+    assert decided["head.weight"] == ("scalecom", "")
+    assert decided["embed.weight"] == ("none", "rule 'embed*'")
+
+
+def test_a_rule_that_matches_nothing_is_an_error_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match=r"rule 'embedd.weight' matches none of the 6 tensors; did you mean 'embed.weight'"):
+        plan(rules=[{"match": "embedd.weight", "scheme": "none"}])
+
+
+def test_every_element_is_in_exactly_one_bucket_in_reverse_order() -> None:
+    buckets = plan(rules=[{"match": "block.weight", "scheme": "qsgd"}]).buckets
+    names = [s.name for b in buckets for s in b.segments]
+    assert sorted(names) == sorted(spec.name for spec in SPECS)
+    assert all(s.start == 0 and s.numel == spec.numel for b in buckets for s in b.segments for spec in SPECS if spec.name == s.name)
+    places = {spec.name: i for i, spec in enumerate(SPECS)}
+    for bucket in buckets:
+        order = [places[s.name] for s in bucket.segments]
+        assert order == sorted(order, reverse=True)
+    last_filled = [min(places[s.name] for s in b.segments) for b in buckets]
+    assert last_filled == sorted(last_filled, reverse=True), "buckets become full in this order during backward"
+
+
+def test_buckets_hold_at_most_bucket_mb_unless_one_tensor_is_larger() -> None:
+    buckets = plan(bucket_mb=0.02).buckets
+    assert all(b.numel * 4 <= 0.02 * 2**20 or len(b.segments) == 1 for b in buckets)
+    assert len(buckets) > 2
+
+
+def test_the_table_names_what_is_not_compressed_and_why() -> None:
+    table = plan().table()
+    assert "scalecom(ratio=100, beta=1.0, selection=chunk): 3 tensors" in table
+    assert "none: 2 tensors, 74 values (below min_numel 1024" in table or "below min_numel 1024" in table
+    assert "block.tiny" in table
+
+
+def test_digest_depends_on_names_and_shapes() -> None:
+    config = Config.load("scalecom")
+    renamed = [SPECS[0]._replace(name="other"), *SPECS[1:]]
+    assert make_plan(config, SPECS).digest() == make_plan(config, list(SPECS)).digest() != make_plan(config, renamed).digest()

@@ -1,0 +1,102 @@
+"""Train one small model after the other, as `cases.json` in the given folder says, and report what came out.
+
+A case: "config" (of DeepSpeed), "steps", and optionally "save" and "load" (tags), "save_step", "overflow" (a step in
+which rank 1's loss is infinite), "leave_out" (a step that is not done).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import deepspeed
+import deepspeed.comm as dist
+from deepspeed.accelerator import get_accelerator
+
+FOLDER = Path(sys.argv[1])
+WIDTH = 48
+
+
+class Network(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(64, WIDTH)
+        self.norm = torch.nn.LayerNorm(WIDTH)
+        self.first = torch.nn.Linear(WIDTH, 2 * WIDTH)
+        self.second = torch.nn.Linear(2 * WIDTH, WIDTH)
+        self.head = torch.nn.Linear(WIDTH, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(self.embed(x))
+        return self.head(h + self.second(torch.relu(self.first(h))))
+
+
+def train(case: dict) -> dict:
+    torch.manual_seed(0)
+    network = Network()
+    engine, *_ = deepspeed.initialize(model=network, model_parameters=network.parameters(), config=case["config"])
+    tag = case.get("load")
+    first = 0
+    if tag:
+        engine.load_checkpoint(str(FOLDER / "checkpoints"), tag=tag)
+        first = engine.global_steps
+    session = getattr(engine, "communication_compression", None)
+    losses, skipped, scales = [], [], []
+    accumulation = engine.gradient_accumulation_steps()
+    rows = torch.randperm(64, generator=torch.Generator().manual_seed(7))
+    for step in range(first, case["steps"]):
+        if step == case.get("leave_out"):
+            continue
+        for micro in range(accumulation):
+            seed = (step * accumulation + micro) * dist.get_world_size() + dist.get_rank()
+            x = torch.randint(0, 64, (16,), generator=torch.Generator().manual_seed(seed))
+            loss = torch.nn.functional.cross_entropy(engine(x).float(), rows[x])
+            if case.get("overflow") == step and dist.get_rank() == 1:
+                loss = loss * float("inf")
+            engine.backward(loss)
+            engine.step()
+        losses.append(float(loss.detach()))
+        skipped.append(engine.skipped_steps)
+        scales.append(float(getattr(engine.optimizer, "loss_scale", 1.0)))
+        if case.get("save") and step + 1 == case["save_step"]:
+            engine.save_checkpoint(str(FOLDER / "checkpoints"), tag=case["save"])
+    # A collective of the user's own, as large as a gradient bucket, must come back exact.
+    metric = torch.arange(4096.0) * (1 + dist.get_rank())
+    dist.all_reduce(metric)
+    report = {
+        "weights": torch.cat([p.detach().float().view(-1) for p in network.parameters()]),
+        "losses": losses,
+        "skipped": skipped,
+        "scales": scales,
+        "metric": metric,
+        "compressed": session is not None,
+    }
+    if session is not None:
+        residuals = session.reducer.state_dict()["residuals"]
+        report |= {
+            "sent": session.reducer.transport.sent,
+            "dense": session.gradient_bytes,
+            "step": session.reducer.step,
+            "residuals": residuals,
+        }
+    engine.destroy()
+    return report
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    # DeepSpeed refuses fp16 on a CPU without fp16 instructions; torch computes it there all the same, only slowly.
+    get_accelerator().is_fp16_supported = lambda: True
+    deepspeed.init_distributed()
+    cases = json.loads((FOLDER / "cases.json").read_text())
+    reports = {name: train(case) for name, case in cases.items()}
+    torch.save(reports, FOLDER / f"report{dist.get_rank()}.pt")
+    dist.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

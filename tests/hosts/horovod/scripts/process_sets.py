@@ -1,0 +1,113 @@
+"""Three ranks, of which two train together, and the transport's contract on a subset whose ranks count differently."""
+
+from __future__ import annotations
+
+import horovod.torch as hvd
+import torch
+from checks import backward, check, distance, identical, net, optimizer, report
+
+from compression_plugins import Compression
+from compression_plugins.transports.horovod import HorovodTransport
+
+PAIR = hvd.ProcessSet([0, 2])
+hvd.init(process_sets=[PAIR])
+torch.set_num_threads(1)
+R = hvd.rank()
+
+
+def run(compression: object, **options: object) -> torch.nn.Module:
+    model = net()
+    opt = optimizer(model, compression, **options)
+    for step in range(3):
+        opt.zero_grad()
+        backward(model, step)
+        opt.step()
+    return model
+
+
+@check
+def a_process_set_equals_dense() -> float:
+    exact = Compression.topk(ratio=1, min_numel=1)
+    return distance(run(hvd.Compression.none, process_set=PAIR), run(exact, process_set=PAIR))
+
+
+@check
+def a_process_set_keeps_its_replicas_identical() -> dict[str, bool] | None:
+    models = {
+        name: run(getattr(Compression, name)(min_numel=1), process_set=PAIR) for name in ("scalecom", "qsgd", "marsit")
+    }
+    if not PAIR.included():
+        return None
+    return {name: identical(model, PAIR) for name, model in models.items()}
+
+
+@check
+def three_ranks_equal_dense() -> float:
+    return distance(run(hvd.Compression.none), run(Compression.topk(ratio=1, min_numel=1)))
+
+
+@check
+def three_ranks_stay_identical() -> dict[str, bool]:
+    names = ("scalecom", "marsit", "double_quantization", "powersgd", "signsgd", "ef_signsgd", "randomk", "fp8")
+    return {name: identical(run(getattr(Compression, name)(min_numel=1))) for name in names}
+
+
+@check
+def ranks_that_leave_early_join_a_sum() -> list[int]:
+    """Rank 1 has two steps, the others four; afterwards all count alike, so that shared random choices agree."""
+    model = net()
+    opt = optimizer(model, Compression.randomk(ratio=4, min_numel=1))
+    for step in range(2 if R == 1 else 4):
+        opt.zero_grad()
+        backward(model, step)
+        opt.step()
+    hvd.join()
+    return [opt._compression_session.reducer.step]
+
+
+def transport_results(process_set: hvd.ProcessSet) -> dict[str, object]:
+    transport = HorovodTransport("contract", process_set)
+    rank, size = transport.rank, transport.size
+    nxt, before = (rank + 1) % size, (rank - 1) % size
+    mine = torch.arange(5, dtype=torch.float32) + 10 * rank
+    kept = mine.clone()
+    scope = transport.scoped("a")
+    send, receive = [rank + to for to in range(size)], [rank + source for source in range(size)]
+    handles = {
+        "sum": scope.all_reduce(mine),
+        "votes": scope.all_reduce(torch.full((6,), rank, dtype=torch.int32)),
+        "gather": scope.all_gather(torch.full((3,), rank, dtype=torch.uint8)),
+        "uneven": scope.all_to_all(torch.full((sum(send),), rank, dtype=torch.int32), send, receive),
+        "root": scope.broadcast(mine, size - 1),
+        "ring": scope.exchange(torch.full((4,), rank, dtype=torch.uint8), nxt, before),
+        "other": transport.scoped("b").all_reduce(mine),
+        "empty": scope.all_gather(torch.empty(0, dtype=torch.uint8)),
+    }
+    out = {name: handle.wait() for name, handle in reversed(handles.items())}
+    sums, gathered, sent_on = 20 + 24 + 20, 3, 4 * (sum(send) - send[rank])
+    sent = (size - 1) * (2 * sums / size + gathered + 20 / size) + sent_on + 4
+    everyone = [torch.arange(5.0) + 10 * r for r in range(size)]
+    return {
+        "sum": torch.equal(out["sum"], sum(everyone)) and torch.equal(out["other"], sum(everyone)),
+        "votes": out["votes"].tolist() == [sum(range(size))] * 6,
+        "gather": out["gather"].tolist() == [[r] * 3 for r in range(size)],
+        "uneven": out["uneven"].tolist() == [source for source in range(size) for _ in range(receive[source])],
+        "root": torch.equal(out["root"], everyone[size - 1]),
+        "ring": out["ring"].tolist() == [before] * 4,
+        "empty": list(out["empty"].shape) == [size, 0],
+        "input is left alone": torch.equal(mine, kept),
+        "sent": abs(transport.sent - sent) < 1e-9,
+    }
+
+
+@check
+def transport_contract() -> dict[str, object]:
+    return transport_results(hvd.global_process_set)
+
+
+@check
+def transport_contract_in_a_process_set() -> dict[str, object] | None:
+    return transport_results(PAIR) if PAIR.included() else None
+
+
+report()

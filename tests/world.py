@@ -1,0 +1,74 @@
+"""N reducers in one process, for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compression_plugins.config import Config
+from compression_plugins.plan import Bucket, TensorSpec, make_plan
+from compression_plugins.reducer import Reducer
+from compression_plugins.transports.local import LocalWorld, drive
+
+SHAPES = {"first.weight": (37, 50), "second.weight": (30, 41)}
+
+#: A small setting for every scheme that needs one to show its law in a short test.
+SHORT: dict[str, dict[str, Any]] = {
+    "marsit": {"flush_steps": 3},
+    "scalecom": {"ratio": 10, "beta": 0.5},
+    "topk": {"ratio": 10.0},
+    "randomk": {"ratio": 10},
+    "qsgd": {"block": 64},
+    "double_quantization": {"block": 64},
+    "ef_signsgd": {"block": 64},
+    "fp8": {"block": 64},
+}
+
+
+def config(scheme: str, **overrides: Any) -> Config:
+    """`scheme` in its short setting, compressing tensors of every size."""
+    return Config.load({"scheme": scheme, "min_numel": 0, **SHORT.get(scheme, {}), **overrides})
+
+
+class World:
+    """Reducers of `size` ranks over one plan; `step` averages one gradient a rank."""
+
+    def __init__(
+        self, config: Config, size: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES, undo: bool = False
+    ) -> None:
+        self.size, self.local = size, LocalWorld(size)
+        self.reducers = [Reducer(config, transport, undo=undo) for transport in self.local.transports]
+        self.plan = make_plan(config, [TensorSpec(name, shape, "float32") for name, shape in shapes.items()])
+
+    @property
+    def bucket(self) -> Bucket:
+        (bucket,) = self.plan.buckets
+        return bucket
+
+    def gradients(self, seed: int) -> list[Tensor]:
+        """A different gradient for each rank, around one that they share."""
+        generator = torch.Generator().manual_seed(seed)
+        shared = torch.randn(self.bucket.numel, generator=generator)
+        return [shared + torch.randn(self.bucket.numel, generator=generator) for _ in range(self.size)]
+
+    def reduce(self, gradients: Sequence[Tensor], shards: Sequence[int] | None = None) -> list[Tensor]:
+        jobs = [r.start(self.bucket, g.clone(), shards) for r, g in zip(self.reducers, gradients)]
+        drive(jobs)
+        return [job.result() for job in jobs]
+
+    def step(self, gradients: Sequence[Tensor], skipped: bool = False) -> list[Tensor]:
+        results = self.reduce(gradients)
+        for reducer in self.reducers:
+            reducer.end_step(skipped)
+        return results
+
+    def memory(self) -> Tensor:
+        """Mean of the ranks' residuals, in float64."""
+        return torch.stack([r.state.residual(self.bucket) for r in self.reducers]).double().mean(0)
+
+
+def mean(gradients: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(gradients)).double().mean(0)

@@ -1,0 +1,259 @@
+"""Numba kernels of the uniform codec; contracts in reference/uniform.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import float32, int8, int16, int32, njit, uint8, uint16, uint32, uintp
+
+from .. import layout
+from ..layout import SCALE_MAX, Memory
+from . import _philox, _tile
+from ._tile import (
+    TILE,
+    add,
+    compensate,
+    descend,
+    divide,
+    finite_bits,
+    float_of,
+    load,
+    max_magnitude_bits,
+    remember,
+    store,
+    sum_squares,
+)
+
+_SCALE_MAX = np.float32(SCALE_MAX)
+_NO_PAYLOADS = np.empty(0, np.float32), np.empty(0, np.uint8), 0
+_U_STEP, _U_HALF = np.float32(2.0**-16), np.float32(2.0**-17)
+
+
+@njit(nogil=True, cache=True)
+def _quantize(p, halves, stochastic, inverse, levels, count, z):
+    """``z = clip(floor(p * inverse + u), -levels, levels)``, as floats."""
+    top = float32(levels)
+    if stochastic:
+        for i in range(count):
+            z[i] = p[i] * inverse + (float32(int32(halves[i])) * _U_STEP + _U_HALF)
+    else:
+        for i in range(count):
+            z[i] = p[i] * inverse + float32(0.5)
+    for i in range(count):
+        z[i] = min(max(np.floor(z[i]), -top), top)
+
+
+@njit(nogil=True, cache=True)
+def _pack(z, narrow, count, bits, codes, first):
+    """Codes of one tile into ``codes[first:]``, padded with zeros to a whole word; changes z beyond ``count``."""
+    padded = (count * bits + 31) // 32 * 32 // bits
+    for i in range(count, padded):
+        z[i] = float32(0)
+    first, total = uintp(first), uintp(padded)
+    if bits == 16:
+        wide = codes.view(np.int16)
+        first >>= uintp(1)
+        for i in range(total):
+            wide[first + i] = int16(int32(z[i]))
+        return
+    if bits == 8:
+        for i in range(total):
+            codes[first + i] = uint8(int8(int32(z[i])))
+        return
+    for i in range(total):
+        narrow[i] = uint8(int8(int32(z[i])))
+    if bits == 4:
+        pairs = narrow.view(np.uint16)
+        for i in range(uintp(padded // 2)):
+            codes[first + i] = uint8((pairs[i] & uint16(0xF)) | ((pairs[i] >> uint16(4)) & uint16(0xF0)))
+    else:
+        quads = narrow.view(np.uint32)
+        for i in range(uintp(padded // 4)):
+            v = quads[i] & uint32(0x03030303)
+            codes[first + i] = uint8(v | (v >> uint32(6)) | (v >> uint32(12)) | (v >> uint32(18)))
+
+
+@njit(nogil=True, cache=True)
+def _expand(codes, narrow, first, count, bits, step, q):
+    """``q = code * step`` of the ``count`` codes in ``codes[first:]``."""
+    first, total = uintp(first), uintp(count)
+    if bits == 16:
+        wide = codes.view(np.int16)
+        first >>= uintp(1)
+        for i in range(total):
+            q[i] = float32(int32(wide[first + i])) * step
+        return
+    if bits == 8:
+        for i in range(total):
+            q[i] = float32(int32(int8(codes[first + i]))) * step
+        return
+    if bits == 4:
+        pairs = narrow.view(np.uint16)
+        for i in range(uintp((count + 1) // 2)):
+            v = uint16(codes[first + i])
+            pairs[i] = (v & uint16(0xF)) | ((v & uint16(0xF0)) << uint16(4))
+    else:
+        quads = narrow.view(np.uint32)
+        for i in range(uintp((count + 3) // 4)):
+            v = uint32(codes[first + i])
+            v = v | (v << uint32(6)) | (v << uint32(12)) | (v << uint32(18))
+            quads[i] = v & uint32(0x03030303)
+    half = int32(1 << (bits - 1))
+    for i in range(total):
+        q[i] = float32(int32((int32(narrow[i]) ^ half) - half)) * step
+
+
+@njit(nogil=True, cache=True)
+def _mean(scales, codes, ranks, narrow, blocks, start, block, count, bits, levels, p, q):
+    """``p`` = average of the decoded payloads over the tile that starts at ``start``."""
+    size, b, first = codes.size // ranks, start // block, 4 * blocks + start * bits // 8
+    _expand(codes, narrow, first, count, bits, scales[b] / levels, p)
+    for rank in range(1, ranks):
+        step = scales[rank * size // 4 + b] / levels
+        _expand(codes, narrow, rank * size + first, count, bits, step, q)
+        add(p, q, count)
+    divide(p, count, ranks)
+
+
+@njit(nogil=True, cache=True)
+def _encode(
+    x32, x16, kind, in_scales, in_codes, ranks, numel, block, bits, l2, stochastic, words,
+    r, has_r, alpha, decay, sent, scales, codes,
+):  # fmt: skip
+    """Encodes x or, if ``ranks`` > 0, the average of that many payloads.
+
+    A payload, or several end to end, comes as two views of the same memory, fp32 (``scales``) and bytes (``codes``).
+    """
+    blocks = (numel + block - 1) // block
+    tile = min(block, TILE)
+    p, q, z = np.empty(tile, np.float32), np.empty(tile, np.float32), np.empty(tile, np.float32)
+    kept = p if alpha == decay else np.empty(tile, np.float32)
+    narrow, random = np.empty(tile, np.uint8), np.empty(tile // 2, np.uint32)
+    halves = random.view(np.uint16)
+    levels = float32((1 << (bits - 1)) - 1)
+
+    def fetch(start, count):
+        if ranks:
+            _mean(in_scales, in_codes, ranks, narrow, blocks, start, block, count, bits, levels, p, q)
+        else:
+            load(x32, x16, kind, start, count, p)
+        if has_r:
+            compensate(p, kept, r, start, count, alpha, decay)
+
+    for b in range(blocks):
+        first = b * block
+        last = min(first + block, numel)
+        largest, squares = int32(0), 0.0
+        for start in range(first, last, tile):
+            count = min(tile, last - start)
+            fetch(start, count)
+            largest = max(largest, max_magnitude_bits(p, count))
+            if l2:
+                squares += sum_squares(p, count)
+        finite = finite_bits(largest)
+        scale = float32(np.sqrt(squares)) if l2 else float_of(largest)
+        scale = min(scale, _SCALE_MAX) if finite else float32(np.nan)
+        inverse = levels / scale
+        if np.isinf(inverse):
+            scale = float32(0)
+        if not finite or scale == 0:
+            inverse = float32(0)
+        scales[b] = scale
+        step = scale / levels
+        for start in range(first, last, tile):
+            count = min(tile, last - start)
+            if last - first > tile:  # else the tile is still there
+                fetch(start, count)
+            if finite:
+                if stochastic:
+                    _philox.fill(random, (count + 7) // 8, start // 8, words)
+                _quantize(p, halves, stochastic, inverse, levels, count, z)
+                if has_r:
+                    for i in range(count):
+                        q[i] = z[i] * step
+                    remember(r, kept, q, start, count, sent)
+            else:
+                z[:count] = float32(0)
+            _pack(z, narrow, count, bits, codes, 4 * blocks + start * bits // 8)
+
+
+@njit(nogil=True, cache=True)
+def _decode(scales, codes, numel, block, bits, out, weight, accumulate):
+    blocks = (numel + block - 1) // block
+    tile = min(block, TILE)
+    q, narrow = np.empty(tile, np.float32), np.empty(tile, np.uint8)
+    levels = float32((1 << (bits - 1)) - 1)
+    for b in range(blocks):
+        last = min((b + 1) * block, numel)
+        for start in range(b * block, last, tile):
+            count = min(tile, last - start)
+            _expand(codes, narrow, 4 * blocks + start * bits // 8, count, bits, scales[b] / levels, q)
+            store(q, out, start, count, weight, accumulate)
+
+
+@njit(nogil=True, cache=True)
+def _apply(scales, codes, numel, block, bits, param, m, has_m, lr, momentum):
+    blocks = (numel + block - 1) // block
+    tile = min(block, TILE)
+    q, narrow = np.empty(tile, np.float32), np.empty(tile, np.uint8)
+    levels = float32((1 << (bits - 1)) - 1)
+    for b in range(blocks):
+        last = min((b + 1) * block, numel)
+        for start in range(b * block, last, tile):
+            count = min(tile, last - start)
+            _expand(codes, narrow, 4 * blocks + start * bits // 8, count, bits, scales[b] / levels, q)
+            descend(q, param, m, has_m, start, count, lr, momentum)
+
+
+def _views(payload):
+    """The memory of one or more payloads as ``(fp32, uint8)`` arrays."""
+    payload = payload.view(-1)
+    return payload.view(torch.float32).numpy(), payload.numpy()
+
+
+def uniform_encode(
+    x, bits, block, key=None, scale="absmax", rounding="stochastic",
+    residual=None, alpha=1.0, decay=1.0, sent=1.0, out=None,
+):  # fmt: skip
+    memory = Memory(residual, alpha, decay, sent)
+    layout.check_uniform(bits, block, key, scale, rounding)
+    layout.check_input(x, memory)
+    numel = x.numel()
+    out = layout.payload_for(out, layout.uniform_bytes(numel, bits, block), x)
+    settings = numel, block, bits, scale == "l2", rounding == "stochastic", _philox.words_of(key)
+    _encode(*_tile.source(x), *_NO_PAYLOADS, *settings, *_tile.factors(memory), *_views(out))
+    return out
+
+
+def uniform_decode(payload, numel, bits, block, out=None, weight=1.0, accumulate=False):
+    layout.check_bits(bits)
+    layout.check_block(block)
+    layout.check_payload(payload, layout.uniform_bytes(numel, bits, block))
+    out = layout.result_for(out, numel, payload, accumulate)
+    _decode(*_views(payload), numel, block, bits, out.numpy(), np.float32(weight), accumulate)
+    return out
+
+
+def uniform_reduce(
+    payloads, numel, bits, block, key=None, scale="absmax", rounding="stochastic", out=None,
+    *, residual=None, alpha=1.0, decay=1.0, sent=1.0,
+):  # fmt: skip
+    memory = Memory(residual, alpha, decay, sent)
+    layout.check_uniform(bits, block, key, scale, rounding)
+    layout.check_payloads(payloads, layout.uniform_bytes(numel, bits, block))
+    layout.check_residual(memory, payloads, numel)
+    out = layout.payload_for(out, layout.uniform_bytes(numel, bits, block), payloads)
+    settings = numel, block, bits, scale == "l2", rounding == "stochastic", _philox.words_of(key)
+    given = *_views(payloads), len(payloads)
+    _encode(*_tile.NO_SOURCE, *given, *settings, *_tile.factors(memory), *_views(out))
+    return out
+
+
+def uniform_apply(payload, param, bits, block, lr, momentum_buffer=None, momentum=0.0):
+    numel = param.numel()
+    layout.check_bits(bits)
+    layout.check_block(block)
+    layout.check_payload(payload, layout.uniform_bytes(numel, bits, block))
+    layout.check_apply(payload, param, momentum_buffer)
+    descent = _tile.descent(param, momentum_buffer, lr, momentum)
+    _apply(*_views(payload), numel, block, bits, *descent)
