@@ -22,7 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .adapters.horovod_launch import main as horovodrun
 
         return horovodrun(arguments[1:])
-    parser = argparse.ArgumentParser(prog="compression-plugins", description="Communication compression for Horovod and DeepSpeed.")
+    parser = argparse.ArgumentParser(
+        prog="compression-plugins", description="Communication compression for Horovod and DeepSpeed."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     schemes = commands.add_parser("schemes", help="list the schemes")
@@ -36,7 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "schemes":
             print(schemes_markdown() if options.markdown else schemes_text())
         else:
-            print(yaml.safe_dump(Config.load(options.config, parse_overrides(options.overrides)).to_dict(), sort_keys=False), end="")
+            print(
+                yaml.safe_dump(
+                    Config.load(options.config, parse_overrides(options.overrides)).to_dict(), sort_keys=False
+                ),
+                end="",
+            )
     except CompressionError as error:
         print(f"compression-plugins: {error}", file=sys.stderr)
         return 2
@@ -65,7 +72,10 @@ def schemes_text() -> str:
 
 def schemes_markdown() -> str:
     """The table of docs/schemes.md."""
-    lines = ["| scheme | what it does | paper | bits sent per value, 2 / 8 ranks | parameters (default) |", "|---|---|---|---|---|"]
+    lines = [
+        "| scheme | what it does | paper | bits sent per value, 2 / 8 ranks | parameters (default) |",
+        "|---|---|---|---|---|",
+    ]
     for name in registry.names():
         cls = registry.get(name)
         scheme = cls()

@@ -59,7 +59,11 @@ def install_adapter(host: str) -> None:
     import importlib
 
     try:
-        importlib.import_module(adapter).install()
+        module = importlib.import_module(adapter)
+        if not getattr(
+            module.__spec__, "_initializing", False
+        ):  # else it is what imports the host, and installs itself
+            module.install()
     except Exception as error:
         if configured:
             raise

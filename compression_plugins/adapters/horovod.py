@@ -11,7 +11,8 @@ Importing this module installs it; a launch with `--compression` imports it by i
 compressor, or the scheme `none`, keep Horovod's own code.
 
 What is kept from step to step (residuals) is this rank's own. It is not in `optimizer.state_dict()`, which Horovod
-broadcasts from rank 0; `state_dict(optimizer)` and `load_state_dict(optimizer, state)` save and restore it, one file a rank.
+broadcasts from rank 0: `state_dict(optimizer)` and `load_state_dict(optimizer, state)` save and restore it, rank by rank.
+With a loss scaler, call `synchronize()` and `unscale_` as Horovod documents; residuals are in units of the scaled loss.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ class SchemeCompressor(Compressor):
 
     def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:  # type: ignore[override]
         raise UnsupportedError(
-            f"compression {self.config.scheme.name!r} keeps memory for each parameter and owns its collective, so plain "
-            "Horovod operations cannot use it; pass it to hvd.DistributedOptimizer(compression=...)"
+            f"compression {self.config.scheme.name!r} keeps memory for each parameter and owns its collective; plain "
+            "Horovod operations cannot use it: pass it to hvd.DistributedOptimizer(compression=...)"
         )
 
     def decompress(self, tensor: Tensor, ctx: Any) -> Tensor:  # type: ignore[override]
@@ -129,7 +130,7 @@ def install() -> None:
     missing = [name for name in (*_SEAMS, "_sparse_allreduce_grad_async") if not hasattr(cls, name)]
     if arguments != _CONSTRUCTOR or missing:
         raise UnsupportedError(
-            f"horovod {horovod.__version__} has another DistributedOptimizer than 0.28, for which this adapter was written: "
+            f"horovod {horovod.__version__}: its DistributedOptimizer is not that of 0.28, for which this adapter is made: "
             f"constructor {arguments}, missing {missing}"
         )
     _unset_malformed_variables()
@@ -185,7 +186,7 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
             raise UnsupportedError(f"horovod compression takes op=hvd.Average or hvd.Sum only{why}")
         if given["gradient_predivide_factor"] != 1.0:
             raise UnsupportedError(
-                "horovod compression: gradient_predivide_factor scales around a dense sum, which there is not; leave it at 1"
+                "horovod compression: gradient_predivide_factor scales before and after a dense sum; leave it at 1"
             )
         if given["groups"] is not None:
             given["groups"] = None

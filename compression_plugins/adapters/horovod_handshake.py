@@ -92,9 +92,9 @@ def wait(handle: Handle) -> Tensor:
     while not handle.poll():
         if time.monotonic() > deadline:
             raise MismatchError(
-                f"horovod compression: some rank did not begin its first compressed step within {seconds:g} s (Horovod's "
-                "stall warning on rank 0 lists the missing ranks). Either compression-plugins is not installed there, the "
-                f"rank was started without the configuration, or it takes longer: then raise {TIMEOUT_VARIABLE}"
+                f"horovod compression: some rank did not begin its first compressed step within {seconds:g} s; "
+                "Horovod's stall warning on rank 0 lists the missing ranks. There, compression-plugins is not installed, or the "
+                f"configuration did not arrive, or the first step takes longer: then raise {TIMEOUT_VARIABLE}"
             )
         time.sleep(1e-3)
     return handle.wait()

@@ -70,7 +70,7 @@ def configuration(compression: str | None, settings: Sequence[str], config_file:
 
     Args:
         compression: name of a scheme or path of a file (`--compression`).
-        settings: `KEY=VALUE` texts (`--compression-set`); values are YAML, so `0.5`, `true` and `[a, b]` mean what they say.
+        settings: `KEY=VALUE` texts (`--compression-set`); values are YAML: `0.5`, `true`, `[a, b]`.
         config_file: Horovod's `--config-file`, whose section `compression:` holds a name, a path or a mapping.
 
     Raises:

@@ -1,5 +1,8 @@
-"""One DistributedOptimizer's gradients on their way through the reducer: buckets are filled by Horovod's hooks, launched
-by their last member, advanced by the hooks that follow, and drained in `synchronize()`."""
+"""One DistributedOptimizer's gradients on their way through the reducer.
+
+Buckets are filled by Horovod's hooks, launched by their last member, advanced by the hooks that follow, and drained in
+`synchronize()`.
+"""
 
 from __future__ import annotations
 
@@ -61,18 +64,18 @@ class _Tally:
 
     scheme: str
     speaks: bool = False
-    size: int = 1
-    values: int = 0
+    ranks: str = ""
     steps: int = 0
+    dense: float = 0.0
     sent: float = 0.0
     exposed_s: float = 0.0
 
     def report(self) -> None:
         if self.speaks and self.steps:
-            sent, dense = self.sent / self.steps, 8 * self.values * (self.size - 1) / self.size
             announce(
-                f"horovod: {self.scheme}, {self.steps} steps on {self.size} ranks, {sent / 1e6:.3f} MB sent a step and rank "
-                f"(dense {dense / 1e6:.3f} MB: {dense / max(sent, 1):.1f}x), "
+                f"horovod: {self.scheme}, {self.steps} steps on {self.ranks}: "
+                f"{self.sent / self.steps / 1e6:.3f} MB sent a step and rank "
+                f"(dense {self.dense / self.steps / 1e6:.3f} MB, {self.dense / max(self.sent, 1):.1f}x), "
                 f"{1e3 * self.exposed_s / self.steps:.2f} ms a step of communication exposed"
             )
 
@@ -115,7 +118,7 @@ class Session:
         self._early: list[Tensor] = []  # gradients that came before the session was open
         self._weights: list[QuantizedWeights] = []
         self._telemetry: Telemetry | None = None
-        self._tally = _Tally(config.scheme.name)
+        self._tally, self._dense, self._earlier = _Tally(config.scheme.name), 0.0, (0.0, 0.0)
         weakref.finalize(self, self._tally.report)  # at the end of the process, too
         set_id = self.process_set.process_set_id
         self.name = (
@@ -175,6 +178,7 @@ class Session:
                 filling.empty()
             self.reducer.end_step()
             self._tally.steps += 1
+            self._tally.dense += self._dense
             self._tally.sent = self._earlier[0] + self.reducer.transport.sent
             self._tally.exposed_s = self._earlier[1] + self.reducer.exposed_s
             self.restore_weights()
@@ -224,10 +228,11 @@ class Session:
         self._horovod_run, self._loaded = mpi_ops._handle_map, {}
         transport = self.reducer.transport
         self._world = (transport.rank, transport.size)
-        self._tally.size, self._tally.speaks = transport.size, transport.rank == 0
-        self._tally.values = sum(bucket.numel for bucket in self.plan.buckets)
-        if transport.rank == 0:
-            announce(f"horovod: {self.config.scheme.name} on {transport.size} ranks, {self.plan.table()}")
+        size = transport.size
+        self._dense = 8 * sum(bucket.numel for bucket in self.plan.buckets) * (size - 1) / size
+        self._tally.ranks, self._tally.speaks = "1 rank" if size == 1 else f"{size} ranks", transport.rank == 0
+        if self._tally.speaks:
+            announce(f"horovod: {self.config.scheme.name} on {self._tally.ranks}, {self.plan.table()}")
         for p in early:
             self._fill(p)
 
@@ -330,7 +335,7 @@ class Session:
             if not bucket.scheme.sums_only:
                 able = ", ".join(name for name in registry.names() if registry.get(name).sums_only)
                 raise UnsupportedError(
-                    f"horovod compression: after hvd.join() a rank can only add zeros to sums, and {bucket.scheme.name!r} "
+                    f"horovod compression: after hvd.join() a rank can only add zeros to sums; {bucket.scheme.name!r} "
                     f"needs more. Use a scheme of sums ({able}), or give every rank the same number of steps"
                 )
         if not self.is_open():

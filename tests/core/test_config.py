@@ -36,7 +36,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"scheme": "none", "rules": {"a": 1}}, r"rules must be a list, not dict"),
     ({"scheme": "none", "rules": [{"scheme": "qsgd"}]}, r"rules\[0\]: a rule is a mapping with a text 'match'"),
     ({"scheme": "none", "rules": [{"match": "*", "scheme": "nope"}]}, r"rules\[0\]: unknown scheme 'nope'"),
-    ({"scheme": "qsgd", "rules": [{"match": "*", "bit": 4}]}, r"rules\[0\]: unknown key 'bit' .*; did you mean 'bits'\?"),
+    (
+        {"scheme": "qsgd", "rules": [{"match": "*", "bit": 4}]},
+        r"rules\[0\]: unknown key 'bit' .*; did you mean 'bits'\?",
+    ),
 ]
 
 
@@ -90,7 +93,12 @@ def test_no_yaml_is_without_a_scheme() -> None:
 
 @pytest.mark.parametrize("suffix", ["yaml", "yml", "json"])
 def test_a_document_reads_the_same_from_a_file_and_a_dict(tmp_path: Path, suffix: str) -> None:
-    document = {"scheme": "qsgd", "bits": 8, "seed": 5, "rules": [{"match": "a*", "bits": 2}, {"match": "b*", "scheme": "none"}]}
+    document = {
+        "scheme": "qsgd",
+        "bits": 8,
+        "seed": 5,
+        "rules": [{"match": "a*", "bits": 2}, {"match": "b*", "scheme": "none"}],
+    }
     path = tmp_path / f"c.{suffix}"
     path.write_text(json.dumps(document))
     config = Config.load(path)

@@ -38,7 +38,11 @@ def test_small_one_dimensional_and_exempt_tensors_travel_as_they_are_and_say_why
 
 
 def test_the_first_rule_that_matches_wins_over_exemptions() -> None:
-    rules = [{"match": "head.bias", "scheme": "qsgd"}, {"match": "head*", "ratio": 5}, {"match": "embed*", "scheme": "none"}]
+    rules = [
+        {"match": "head.bias", "scheme": "qsgd"},
+        {"match": "head*", "ratio": 5},
+        {"match": "embed*", "scheme": "none"},
+    ]
     decided = reasons(rules=rules, exempt=["head*"])
     assert decided["head.bias"] == ("qsgd", "")
     assert decided["head.weight"] == ("scalecom", "")
@@ -46,7 +50,9 @@ def test_the_first_rule_that_matches_wins_over_exemptions() -> None:
 
 
 def test_a_rule_that_matches_nothing_is_an_error_with_the_nearest_name() -> None:
-    with pytest.raises(ConfigError, match=r"rule 'embedd.weight' matches none of the 6 tensors; did you mean 'embed.weight'"):
+    with pytest.raises(
+        ConfigError, match=r"rule 'embedd.weight' matches none of the 6 tensors; did you mean 'embed.weight'"
+    ):
         plan(rules=[{"match": "embedd.weight", "scheme": "none"}])
 
 
@@ -54,7 +60,13 @@ def test_every_element_is_in_exactly_one_bucket_in_reverse_order() -> None:
     buckets = plan(rules=[{"match": "block.weight", "scheme": "qsgd"}]).buckets
     names = [s.name for b in buckets for s in b.segments]
     assert sorted(names) == sorted(spec.name for spec in SPECS)
-    assert all(s.start == 0 and s.numel == spec.numel for b in buckets for s in b.segments for spec in SPECS if spec.name == s.name)
+    assert all(
+        s.start == 0 and s.numel == spec.numel
+        for b in buckets
+        for s in b.segments
+        for spec in SPECS
+        if spec.name == s.name
+    )
     places = {spec.name: i for i, spec in enumerate(SPECS)}
     for bucket in buckets:
         order = [places[s.name] for s in bucket.segments]
@@ -79,4 +91,8 @@ def test_the_table_names_what_is_not_compressed_and_why() -> None:
 def test_digest_depends_on_names_and_shapes() -> None:
     config = Config.load("scalecom")
     renamed = [SPECS[0]._replace(name="other"), *SPECS[1:]]
-    assert make_plan(config, SPECS).digest() == make_plan(config, list(SPECS)).digest() != make_plan(config, renamed).digest()
+    assert (
+        make_plan(config, SPECS).digest()
+        == make_plan(config, list(SPECS)).digest()
+        != make_plan(config, renamed).digest()
+    )

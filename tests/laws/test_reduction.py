@@ -25,7 +25,9 @@ def variants(name: str) -> list[dict]:
     return choices
 
 
-CASES = [pytest.param(name, v, id=f"{name}-{'-'.join(map(str, v.values()))}") for name in SCHEMES for v in variants(name)]
+CASES = [
+    pytest.param(name, v, id=f"{name}-{'-'.join(map(str, v.values()))}") for name in SCHEMES for v in variants(name)
+]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -80,7 +82,9 @@ def test_unbiased_schemes_average_to_the_mean(name: str) -> None:
 def test_one_step_never_moves_away_from_the_mean(name: str) -> None:
     """Contraction on average, at the worst as bad as sending nothing; signs of aggregated updates are no contraction."""
     if name == "marsit":
-        pytest.skip("Marsit's one-bit step is an unbiased sign of fixed size, not a contraction; its law is tested apart")
+        pytest.skip(
+            "Marsit's one-bit step is an unbiased sign of fixed size, not a contraction; its law is tested apart"
+        )
     world = World(config(name), 2)
     gradients = [world.gradients(0)[0]] * 2
     error = (world.step(gradients)[0] - mean(gradients)).norm()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from job import run_cases
-
-pytestmark = pytest.mark.hosts
+from .job import run_cases
 
 BASE = {
     "train_micro_batch_size_per_gpu": 16,

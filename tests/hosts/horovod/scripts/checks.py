@@ -1,4 +1,4 @@
-"""A frame for scripts that make many checks in one job: `@check` runs a function on all ranks and keeps what it returns."""
+"""Many checks in one job: `@check` runs a function on all ranks and keeps what it returns, or the error it raises."""
 
 from __future__ import annotations
 

@@ -1,0 +1,48 @@
+"""`python -m compression_plugins.bench`: measurements of this package on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import CompressionError
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m compression_plugins.bench", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+    kernels = commands.add_parser("kernels", help="time of every kernel against the bytes it must move")
+    kernels.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    kernels.add_argument("--numel", type=int, help="elements; default 6,553,600 (a 25 MiB bucket) on cpu, 2**26 on cuda")
+    kernels.add_argument("--repeats", type=int, default=9, help="runs after warm-up, of which the median counts")
+    kernels.add_argument("--only", action="append", default=[], metavar="PATTERN", help="kernels to run, for example 'sign_*'")
+    kernels.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes most of the time")
+    kernels.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object a row")
+    kernels.set_defaults(run=_kernels)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; a mistake of the user prints one line and returns 2."""
+    options = parser().parse_args(argv)
+    try:
+        options.run(options)
+    except CompressionError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _kernels(options: argparse.Namespace) -> None:
+    import torch
+
+    from . import bench_kernels
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    bench_kernels.run(device, options.numel, options.repeats, not options.no_compile, options.only, options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

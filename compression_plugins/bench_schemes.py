@@ -1,0 +1,120 @@
+"""What each scheme costs and loses: one bucket, reduced by ranks that live in this process.
+
+Times are of one rank's own work (encode, decode, average; nothing travels), as ratios to `bf16` in the same run, because
+bf16 is what a skeptic would use instead. Errors are of the averaged gradient after `steps` steps with a fixed gradient a
+rank: `vNMSE` = ||mean of results - mean gradient||^2 / ||mean gradient||^2 of a single step, `bias` the same of the mean
+over steps, which error feedback and unbiased rounding make small.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+
+from . import registry
+from .config import Config
+from .plan import Bucket, Segment
+from .reducer import Reducer
+from .transports.local import LocalWorld, drive
+
+
+@dataclass(frozen=True)
+class SchemeRow:
+    """One scheme on one bucket. Times are medians over steps."""
+
+    scheme: str
+    ranks: int
+    bits_per_value: float
+    ratio: float
+    milliseconds: float
+    time_vs_bf16: float
+    vnmse: float
+    bias: float
+    state_bytes_per_value: float
+
+
+def measure(
+    names: list[str] | None = None, numel: int = 1 << 20, ranks: int = 2, steps: int = 10, device: str = "cpu"
+) -> list[SchemeRow]:
+    """Rows for `names` (default: every registered scheme); `bf16` is always measured, as the unit of time."""
+    wanted = names or registry.names()
+    rows = {name: _measure(name, numel, ranks, steps, device) for name in dict.fromkeys(["bf16", *wanted])}
+    unit = rows["bf16"]["milliseconds"]
+    return [SchemeRow(time_vs_bf16=rows[name]["milliseconds"] / unit, **rows[name]) for name in wanted]
+
+
+def table(rows: list[SchemeRow]) -> str:
+    """Aligned plain text."""
+    header = ["scheme", "bits/value", "ratio", "ms", "x bf16", "vNMSE", "bias", "state B/value"]
+    lines = [header]
+    for row in rows:
+        numbers = (
+            row.bits_per_value,
+            row.ratio,
+            row.milliseconds,
+            row.time_vs_bf16,
+            row.vnmse,
+            row.bias,
+            row.state_bytes_per_value,
+        )
+        lines.append([row.scheme, *(f"{number:.3g}" for number in numbers)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(f"{cell:>{w}}" if i else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(line, widths)))
+        for line in lines
+    )
+
+
+def as_dict(row: SchemeRow) -> dict[str, object]:
+    return asdict(row)
+
+
+def _measure(name: str, numel: int, ranks: int, steps: int, device: str) -> dict:
+    side = max(1, int(numel**0.5))
+    bucket = Bucket(registry.get(name)(), (Segment("weight", 0, side * side, (side, side)),), device)
+    world = LocalWorld(ranks)
+    reducers = [Reducer(Config.load({"scheme": name}), transport) for transport in world.transports]
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(bucket.numel, generator=generator)
+    gradients = [(shared + torch.randn(bucket.numel, generator=generator)).to(device) for _ in range(ranks)]
+    target = torch.stack(gradients).mean(0)
+    times, errors, total = [], [], torch.zeros_like(target)
+    for step in range(steps + 1):
+        inputs = [g.clone() for g in gradients]
+        _synchronize(device)
+        started = time.perf_counter()
+        jobs = [reducer.start(bucket, x) for reducer, x in zip(reducers, inputs)]
+        drive(jobs)
+        _synchronize(device)
+        elapsed = time.perf_counter() - started
+        result = jobs[0].result()
+        for reducer in reducers:
+            reducer.end_step()
+        if step:  # the first one compiles
+            times.append(elapsed / ranks * 1e3)
+            errors.append(_relative(result, target))
+            total += result / steps
+    bits = bucket.scheme.wire_bits(bucket.segments, ranks) / bucket.numel
+    dense = 64 * (ranks - 1) / ranks
+    return {
+        "scheme": name,
+        "ranks": ranks,
+        "bits_per_value": bits,
+        "ratio": dense / bits if bits else 1.0,
+        "milliseconds": statistics.median(times),
+        "vnmse": statistics.mean(errors),
+        "bias": _relative(total, target),
+        "state_bytes_per_value": reducers[0].state.nbytes() / bucket.numel,
+    }
+
+
+def _relative(result: torch.Tensor, target: torch.Tensor) -> float:
+    return float((result - target).square().sum() / target.square().sum())
+
+
+def _synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()

@@ -1,0 +1,89 @@
+"""The reducer drives any order of jobs, refuses what does not fit, and counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from compression_plugins.config import Config
+from compression_plugins.errors import CompressionError
+from compression_plugins.plan import TensorSpec, make_plan
+from compression_plugins.reducer import Reducer, reshard
+from compression_plugins.telemetry import Telemetry
+from compression_plugins.transports.local import LocalWorld, drive
+
+from ..world import World, config
+
+
+def test_jobs_started_in_different_orders_find_each_other_by_name() -> None:
+    cfg = Config.load({"scheme": "scalecom", "ratio": 10, "bucket_mb": 0.005, "min_numel": 0})
+    specs = [TensorSpec(f"w{i}", (30, 40), "float32") for i in range(3)]
+    plan = make_plan(cfg, specs)
+    assert len(plan.buckets) == 3
+    world = LocalWorld(2)
+    reducers = [Reducer(cfg, t) for t in world.transports]
+    gradients = {b: torch.randn(b.numel) for b in plan.buckets}
+    forward = [(b, reducers[0].start(b, gradients[b].clone())) for b in plan.buckets]
+    backward = [(b, reducers[1].start(b, gradients[b].clone())) for b in reversed(plan.buckets)]
+    drive([job for _, job in forward + backward])
+    results = dict(backward)
+    for bucket, job in forward:
+        assert torch.equal(job.result(), results[bucket].result())
+
+
+def test_wrong_shapes_and_shards_are_refused() -> None:
+    world = World(config("qsgd"), 2)
+    with pytest.raises(CompressionError, match="a bucket of 3080 elements was given a tensor of shape"):
+        world.reducers[0].start(world.bucket, torch.zeros(3))
+    with pytest.raises(CompressionError, match="do not cover 3080 elements on 2 ranks"):
+        world.reducers[0].start(world.bucket, torch.zeros(3080), shards=[1, 2])
+
+
+def test_an_aborted_job_has_no_result() -> None:
+    world = World(config("qsgd"), 2)
+    job = world.reducers[0].start(world.bucket, torch.zeros(3080))
+    world.reducers[0].abort()
+    with pytest.raises(CompressionError, match="aborted"):
+        job.result()
+
+
+def test_a_step_cannot_be_taken_back_without_undo() -> None:
+    world = World(config("topk"), 1)
+    with pytest.raises(CompressionError, match="without undo=True"):
+        world.step(world.gradients(0), skipped=True)
+
+
+def test_states_of_another_version_and_empty_lists_are_refused() -> None:
+    world = World(config("topk"), 1)
+    with pytest.raises(CompressionError, match="version 99 is unknown; this package reads 1"):
+        world.reducers[0].load_state_dict({"version": 99})
+    with pytest.raises(CompressionError, match="no state to reshard"):
+        reshard([])
+
+
+def test_micro_batches_of_one_step_draw_different_random_numbers() -> None:
+    world = World(config("qsgd"), 2)
+    gradients = world.gradients(0)
+    first, second = world.reduce(gradients)[0], world.reduce(gradients)[0]
+    assert not torch.equal(first, second)
+    again = World(config("qsgd"), 2)
+    assert torch.equal(again.reduce(gradients)[0], first), "and the same ones in a run that repeats"
+
+
+def test_telemetry_writes_one_line_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "logs" / "run.jsonl"
+    monkeypatch.setenv("COMPRESSION_PLUGINS_TELEMETRY", str(path))
+    assert Telemetry.from_environment(rank=1) is None
+    world = World(config("scalecom"), 2)
+    world.reducers[0].telemetry = Telemetry.from_environment(rank=0)
+    for step in range(3):
+        world.step(world.gradients(step))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    bits = world.bucket.scheme.wire_bits(world.bucket.segments, 2)
+    assert sum(line["sent_bytes"] for line in lines) == pytest.approx(3 * bits / 8, rel=0.01)
+    assert all(line["ratio"] == pytest.approx(32 * 3080 / bits, rel=0.01) for line in lines)
+    assert lines[-1]["residual_norm"] == pytest.approx(world.reducers[0].state.norm())

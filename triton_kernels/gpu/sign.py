@@ -1,0 +1,181 @@
+"""Triton kernels of the sign codec; contracts in reference/sign.py."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import layout
+from ..layout import Memory
+from ..reference._memory import mean_in_rank_order
+from ._tile import (
+    Geometry,
+    compensate,
+    descend,
+    factors,
+    load_codes,
+    load_x,
+    moments,
+    place,
+    remember,
+    store_codes,
+    write,
+)
+
+_INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def _finish(
+    scales, words, row, column, index, inside, value, old, p, r, decay, sent, numel, block,
+    HAS_R: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """From the compensated tile to payload and memory. ``GIVEN``: the scales stand in the payload already."""
+    exists = row * block < numel
+    if GIVEN:
+        scale = tl.load(scales + row, mask=exists, other=0.0)
+    else:
+        total = tl.sum(tl.abs(p).to(tl.float64), axis=1)
+        count = tl.maximum(tl.minimum(numel - row * block, block), 1)
+        scale = tl.where(total < _INF, (total / count.to(tl.float64)).to(tl.float32), float("nan"))
+        tl.store(scales + row, scale, mask=exists)
+    positive = (p >= 0) & inside
+    store_codes(words, row, column, block, numel, positive.to(tl.int32), 1, ROWS, COLUMNS)
+    if HAS_R:
+        q = tl.where(positive, scale[:, None], -scale[:, None])
+        remember(r, index, inside & (scale == scale)[:, None], value, old, q, decay, sent)
+
+
+@triton.jit
+def _encode(
+    x, stride, r, alpha, decay, sent, numel, block, scales, words, tiles,
+    HAS_R: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
+    value = load_x(x, stride, index, inside)
+    old, p = compensate(value, r, alpha, index, inside, HAS_R)
+    _finish(
+        scales, words, row, column, index, inside, value, old, p, r, decay, sent, numel, block,
+        HAS_R, GIVEN, ROWS, COLUMNS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _decode_tile(scales, words, row, index, inside, block, numel):
+    scale = tl.load(scales + row, mask=row * block < numel, other=0.0)[:, None]
+    return tl.where(load_codes(words, index, inside, 1) == 1, scale, -scale)
+
+
+@triton.jit
+def _reduce(
+    in_scales, in_words, size, ranks, r, alpha, decay, sent, numel, block, scales, words, tiles,
+    HAS_R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``size``: words between two ranks' payloads."""
+    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
+    value = _decode_tile(in_scales, in_words, row, index, inside, block, numel)
+    for rank in range(1, ranks):
+        skip = rank.to(tl.int64) * size
+        value += _decode_tile(in_scales + skip, in_words + skip, row, index, inside, block, numel)
+    value = tl.where(inside, tl.div_rn(value, tl.zeros_like(value) + ranks), 0.0)
+    old, p = compensate(value, r, alpha, index, inside, HAS_R)
+    _finish(
+        scales, words, row, column, index, inside, value, old, p, r, decay, sent, numel, block,
+        HAS_R, False, ROWS, COLUMNS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _decode(
+    scales, words, out, weight, numel, block, tiles,
+    ACCUMULATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
+    write(out, index, inside, _decode_tile(scales, words, row, index, inside, block, numel), weight, ACCUMULATE)
+
+
+@triton.jit
+def _apply(
+    scales, words, param, m, lr, momentum, numel, block, tiles,
+    HAS_M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
+    update = _decode_tile(scales, words, row, index, inside, block, numel)
+    descend(param, m, index, inside, update, lr, momentum, HAS_M)
+
+
+@triton.jit
+def _vote(ballots, size, ranks, numel, block, words, tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
+    votes = load_codes(ballots, index, inside, 1)
+    for rank in range(1, ranks):
+        votes += load_codes(ballots + rank.to(tl.int64) * size, index, inside, 1)
+    won = (2 * votes >= ranks) & inside
+    store_codes(words, row, column, block, numel, won.to(tl.int32), 1, ROWS, COLUMNS)
+
+
+def sign_encode(x, block, residual=None, alpha=1.0, decay=1.0, sent=1.0, out=None):
+    memory = Memory(residual, alpha, decay, sent)
+    layout.check_block(block)
+    layout.check_input(x, memory)
+    numel, cut = x.numel(), Geometry(x.numel(), block)
+    out = layout.payload_for(out, layout.sign_bytes(numel, block), x)
+    scales, words = layout.split(out, layout.blocks(numel, block))
+    if cut.long:
+        largest, magnitudes, _ = moments(x, memory, block)
+        starts = torch.arange(0, numel, block, device=x.device)
+        mean = magnitudes / (numel - starts).clamp(max=block)
+        scales.copy_(torch.where(mean.isfinite(), mean, torch.nan))
+    arguments = x, x.stride(0), *factors(x, memory), numel, block, scales, words
+    cut.launch(_encode, x, *arguments, HAS_R=residual is not None, GIVEN=cut.long)
+    return out
+
+
+def sign_decode(payload, numel, block, out=None, weight=1.0, accumulate=False):
+    layout.check_block(block)
+    layout.check_payload(payload, layout.sign_bytes(numel, block))
+    out = layout.result_for(out, numel, payload, accumulate)
+    scales, words = layout.split(payload, layout.blocks(numel, block))
+    arguments = scales, words, out, float(weight), numel, block
+    Geometry(numel, block).launch(_decode, payload, *arguments, ACCUMULATE=accumulate)
+    return out
+
+
+def sign_reduce(payloads, numel, block, out=None, *, residual=None, alpha=1.0, decay=1.0, sent=1.0):
+    memory = Memory(residual, alpha, decay, sent)
+    layout.check_block(block)
+    layout.check_payloads(payloads, layout.sign_bytes(numel, block))
+    layout.check_residual(memory, payloads, numel)
+    cut = Geometry(numel, block)
+    if cut.long:  # the scale of a long block takes a pass of its own, over the average
+        average = mean_in_rank_order([sign_decode(payload, numel, block) for payload in payloads])
+        return sign_encode(average, block, residual, alpha, decay, sent, out)
+    out = layout.payload_for(out, layout.sign_bytes(numel, block), payloads)
+    scales, words = layout.split(out, layout.blocks(numel, block))
+    in_scales, in_words = layout.split(payloads, layout.blocks(numel, block))
+    given = in_scales, in_words, payloads.shape[1] // 4, len(payloads)
+    arguments = *given, *factors(payloads, memory), numel, block, scales, words
+    cut.launch(_reduce, payloads, *arguments, HAS_R=residual is not None)
+    return out
+
+
+def sign_vote(payloads, numel):
+    layout.check_payloads(payloads, 4 * layout.words(numel, 1))
+    out = torch.empty_like(payloads[0])
+    ballots, words = payloads.view(-1).view(torch.int32), out.view(-1).view(torch.int32)
+    block = 1024
+    arguments = ballots, payloads.shape[1] // 4, len(payloads), numel, block, words
+    Geometry(numel, block).launch(_vote, payloads, *arguments)
+    return out
+
+
+def sign_apply(payload, param, block, lr, momentum_buffer=None, momentum=0.0):
+    numel = param.numel()
+    layout.check_block(block)
+    layout.check_payload(payload, layout.sign_bytes(numel, block))
+    layout.check_apply(payload, param, momentum_buffer)
+    scales, words = layout.split(payload, layout.blocks(numel, block))
+    m = param if momentum_buffer is None else momentum_buffer
+    arguments = scales, words, param.detach(), m.detach(), float(lr), float(momentum), numel, block
+    Geometry(numel, block).launch(_apply, payload, *arguments, HAS_M=momentum_buffer is not None)
