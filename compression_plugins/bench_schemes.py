@@ -1,9 +1,9 @@
 """What each scheme costs and loses: one bucket, reduced by ranks that live in this process.
 
-Times are of one rank's own work (encode, decode, average; nothing travels), as ratios to `bf16` in the same run, because
-bf16 is what a skeptic would use instead. Errors are of the averaged gradient after `steps` steps with a fixed gradient a
-rank: `vNMSE` = ||mean of results - mean gradient||^2 / ||mean gradient||^2 of a single step, `bias` the same of the mean
-over steps, which error feedback and unbiased rounding make small.
+Times are of one rank's own work (encode, decode, average; nothing travels), as ratios to `bf16` in the same run,
+because bf16 is what a skeptic would use instead. Errors are of the averaged gradient after `steps` steps with a fixed
+gradient a rank: `vNMSE` = ||mean of results - mean gradient||^2 / ||mean gradient||^2 of a single step, `bias` the same
+of the mean over steps, which error feedback and unbiased rounding make small.
 """
 
 from __future__ import annotations

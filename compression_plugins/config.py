@@ -161,9 +161,8 @@ def _scheme(name: Any, own: dict[str, Any], where: str, others: set[str]) -> Sch
         raise ConfigError(f"{where}: {error}") from None
     for key in own:
         if key not in cls.model_fields:
-            raise ConfigError(
-                f"{where}: unknown key {key!r} for scheme {name!r}{nearest(key, {*cls.model_fields, *others, 'scheme'})}"
-            )
+            hint = nearest(key, {*cls.model_fields, *others, "scheme"})
+            raise ConfigError(f"{where}: unknown key {key!r} for scheme {name!r}{hint}")
     try:
         return cls(**own)
     except ValidationError as error:

@@ -13,7 +13,7 @@ al. 2020, arXiv 2104.11125), written for r = m / beta, is (beta, 1, 1). ECQ-SGD 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ class Memory:
     sent: float = 1.0
     scope: Literal["local", "global"] = "local"
 
-    def kernel_arguments(self, residual: Tensor) -> dict[str, Tensor | float]:
+    def kernel_arguments(self, residual: Tensor) -> dict[str, Any]:
         """Keyword arguments of a fused encode kernel, which updates `residual` (fp32, flat) in place."""
         return {"residual": residual, "alpha": self.alpha, "decay": self.decay, "sent": self.sent}
 

@@ -89,7 +89,8 @@ class Plan:
 
 
 def make_plan(config: Config, specs: Sequence[TensorSpec]) -> Plan:
-    """Decide for every tensor, in registration order, and pack buckets in reverse order, as backward produces gradients.
+    """Decide for every tensor, in registration order, and pack buckets in reverse order, as backward produces
+    gradients.
 
     The first rule that matches a name decides. Without one, a tensor that `exempt` names, that is smaller than
     `min_numel` or that has fewer than two dimensions (biases, norms) travels as it is.

@@ -164,7 +164,9 @@ class Reducer:
         return {"version": 1, "step": self.step, "size": self.transport.size, **self.state.state_dict()}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue, bit for bit, from `state_dict()` of the same rank; for another number of ranks use `reshard` first."""
+        """Continue, bit for bit, from `state_dict()` of the same rank; for another number of ranks use `reshard`
+        first.
+        """
         if saved.get("version") != 1:
             raise CompressionError(
                 f"compression state of version {saved.get('version')!r} is unknown; this package reads 1"

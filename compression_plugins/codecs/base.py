@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 class Codec(ABC):
-    """Payloads are contiguous `uint8` tensors `[scales | codes]`, little-endian, bits LSB first, a multiple of 4 bytes long.
+    """Payloads are contiguous `uint8` tensors `[scales | codes]`, little-endian, bits LSB first, a multiple of 4 bytes
+    long.
 
     Attributes:
         unbiased: E[decode(encode(x))] = x over the random key.

@@ -1,4 +1,6 @@
-"""How payloads meet. Each is a generator that yields handles, so that it reads like the paper and one driver runs many."""
+"""How payloads meet. Each is a generator that yields handles, so that it reads like the paper and one driver runs
+many.
+"""
 
 from .dense import dense_sum
 from .fold import ring_fold

@@ -16,7 +16,8 @@ _SECOND_STAGE = 1 << 16  # random stream of the owners' encode, apart from the s
 
 
 def two_stage(codec: Codec, memory: Memory | None, call: Call, x: Tensor) -> Reduction:
-    """2·b bits an element whatever the number of ranks; every rank decodes the same bytes, so all end with the same bits.
+    """2·b bits an element whatever the number of ranks; every rank decodes the same bytes, so all end with the same
+    bits.
 
     The owner of a shard averages in fp32 and encodes once more, so the codec should be unbiased or nearly exact.
     When the host wants only its shard (`call.shards`), the second stage is left out: see `reduce_scatter`.
@@ -50,7 +51,9 @@ def reduce_scatter(codec: Codec, memory: Memory | None, call: Call, x: Tensor) -
 
 
 def even_shards(numel: int, size: int, block: int) -> list[int]:
-    """`numel` cut into `size` shards at multiples of `block`, as even as that allows; the last ones may be short or empty."""
+    """`numel` cut into `size` shards at multiples of `block`, as even as that allows; the last ones may be short or
+    empty.
+    """
     length = -(-numel // (size * block)) * block
     return [max(0, min(length, numel - rank * length)) for rank in range(size)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from ..transports.base import Handle, Transport
     from ..triton_kernels import Key
 
-#: Yields handles, is sent their results, and returns the average.
-Reduction = Generator["Handle", Any, "Tensor"]
+T = TypeVar("T")
+#: Yields handles, is sent their results, and returns a T.
+Phases = Generator["Handle", Any, T]
+#: ... and returns the average.
+Reduction = Phases["Tensor"]
 
 
 class Segment(NamedTuple):
@@ -93,7 +96,9 @@ class Scheme(BaseModel):
         return (yield from self.collective(self.codec, self.memory, call, x))
 
     def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
-        """Bits that each of `size` ranks sends, the mean over ranks and steps, to reduce a bucket of `segments` once."""
+        """Bits that each of `size` ranks sends, the mean over ranks and steps, to reduce a bucket of `segments`
+        once.
+        """
         from ..collectives import even_shards, gather
 
         codec, numel = self.codec, total(segments)

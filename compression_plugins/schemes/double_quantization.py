@@ -15,14 +15,15 @@ from .base import Scheme
 class DoubleQuantization(Scheme):
     """The synchronous form of AsyLPG's two quantizations.
 
-    Gradients: unbiased b-bit codes, delta = max|g| / (2^(b-1) - 1), averaged by their owners and sent back the same way.
-    Weights: workers compute gradients at Q(x), quantized so that E||Q(x) - x||^2 <= mu ||x - x~||^2, where x~ is the exact
-    snapshot taken every `snapshot_steps` steps; the optimizer keeps x itself in full precision.
+    Gradients: unbiased b-bit codes, delta = max|g| / (2^(b-1) - 1), averaged by their owners and sent back the same
+    way.
+    Weights: workers compute gradients at Q(x), quantized so that E||Q(x) - x||^2 <= mu ||x - x~||^2, where x~ is the
+    exact snapshot taken every `snapshot_steps` steps; the optimizer keeps x itself in full precision.
 
-    Departures from the paper: one scale for each `block` of gradient values instead of one for the whole message; bits of
-    the weights rounded up to 4, 8 or 16; no variance reduction, which needs a second gradient that only the asynchronous
-    parameter server computes. Where all ranks hold the weights (Horovod, DeepSpeed stage 0) the quantized weights save no
-    bytes; where partitions of them travel (ZeRO 1 and 2) it is the codes that travel.
+    Departures from the paper: one scale for each `block` of gradient values instead of one for the whole message; bits
+    of the weights rounded up to 4, 8 or 16; no variance reduction, which needs a second gradient that only the
+    asynchronous parameter server computes. Where all ranks hold the weights (Horovod, DeepSpeed stage 0) the quantized
+    weights save no bytes; where partitions of them travel (ZeRO 1 and 2) it is the codes that travel.
     """
 
     name: ClassVar[str] = "double_quantization"

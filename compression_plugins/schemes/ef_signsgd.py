@@ -16,8 +16,8 @@ from .base import Scheme
 class EFSignSGD(Scheme):
     """Sends sign(p) and mean|p|, remembers the rest.
 
-    The mean is taken per block rather than per layer: layers of one bucket keep their own size, and the kernel stays one
-    pass. Memory is in gradient units (the learning rate is applied by the optimizer, after the average).
+    The mean is taken per block rather than per layer: layers of one bucket keep their own size, and the kernel stays
+    one pass. Memory is in gradient units (the learning rate is applied by the optimizer, after the average).
     """
 
     name: ClassVar[str] = "ef_signsgd"

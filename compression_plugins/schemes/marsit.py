@@ -10,7 +10,7 @@ from pydantic import Field
 from .. import triton_kernels as K
 from ..memories import Memory
 from ..registry import register
-from .base import Call, Reduction, Scheme, Segment, total
+from .base import Call, Phases, Reduction, Scheme, Segment, total
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,18 +21,20 @@ _MERGES = 1 << 16  # random streams of the ring's merges, apart from those that 
 
 @register
 class Marsit(Scheme):
-    """Signs that merge at random, so that a merged bit is a fair draw from the ranks' signs, and a full-precision flush.
+    """Signs that merge at random, so that a merged bit is a fair draw from the ranks' signs, and a full-precision
+    flush.
 
-    Every `flush_steps` steps the compensated gradients are averaged exactly and the memory empties. In between each bit of
-    the update is the sign of one rank chosen uniformly, times `eta_s`; the memory is the difference to that *aggregated*
-    update. Two forms draw from the same law: `one_hot` (each rank keeps only the bits that a shared random key assigns to
-    it; words are then summed by an ordinary all-reduce, no carry can occur) and `ring` (the paper's operator, hop by hop).
+    Every `flush_steps` steps the compensated gradients are averaged exactly and the memory empties. In between each bit
+    of the update is the sign of one rank chosen uniformly, times `eta_s`; the memory is the difference to that
+    *aggregated* update. Two forms draw from the same law: `one_hot` (each rank keeps only the bits that a shared random
+    key assigns to it; words are then summed by an ordinary all-reduce, no carry can occur) and `ring` (the paper's
+    operator, hop by hop).
 
     Departures from the paper. The memory is in gradient units: the optimizer applies its learning rate, and momentum,
     after the average. The paper's step `eta_s` is one constant; `auto` sets it per tensor at each flush to the ranks'
-     mean |p|, which all ranks learn with the flush itself, because gradients of different layers differ in size
-    by orders of magnitude. A rank whose gradient is not finite raises a flag in the same message, and every rank's result
-    is NaN.
+    mean |p|, which all ranks learn with the flush itself, because gradients of different layers differ in size
+    by orders of magnitude. A rank whose gradient is not finite raises a flag in the same message, and every rank's
+    result is NaN.
     """
 
     name: ClassVar[str] = "marsit"
@@ -99,7 +101,7 @@ def _apply(bits: Tensor, healthy: Tensor, residual: Tensor, etas: list[Tensor], 
     return result.where(healthy, torch.nan)
 
 
-def _one_hot(x: Tensor, residual: Tensor, finite: Tensor, call: Call) -> Reduction:
+def _one_hot(x: Tensor, residual: Tensor, finite: Tensor, call: Call) -> Phases[tuple[Tensor, Tensor]]:
     """Per coordinate one rank, drawn by a key that all share, gives its sign; all-reduce of int32 words."""
     import torch
 
@@ -110,8 +112,10 @@ def _one_hot(x: Tensor, residual: Tensor, finite: Tensor, call: Call) -> Reducti
     return total[:-1].contiguous().view(torch.uint8), total[-1] == 0
 
 
-def _ring(x: Tensor, residual: Tensor, finite: Tensor, call: Call) -> Reduction:
-    """The paper's reduce and gather phases over packed bits; the received aggregate wins with its share of the ranks."""
+def _ring(x: Tensor, residual: Tensor, finite: Tensor, call: Call) -> Phases[tuple[Tensor, Tensor]]:
+    """The paper's reduce and gather phases over packed bits; the received aggregate wins with its share of the
+    ranks.
+    """
     import torch
 
     from ..collectives import ring_fold

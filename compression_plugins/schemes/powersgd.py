@@ -10,7 +10,7 @@ from pydantic import Field
 
 from ..memories import Memory
 from ..registry import register
-from .base import Call, Reduction, Scheme, Segment
+from .base import Call, Phases, Reduction, Scheme, Segment
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,8 +23,8 @@ _TINY = 2.0**-126  # smallest normal fp32
 class PowerSGD(Scheme):
     """One step of power iteration, started from the last step's result: P = MQ, orthogonalize, Q = M^T P.
 
-    Two all-reduces a bucket, of all its left and then all its right factors. A matrix for which rank (n + m) >= n m, and
-    what is no matrix, travels dense beside the left factors. The memory is M minus the aggregated approximation.
+    Two all-reduces a bucket, of all its left and then all its right factors. A matrix for which rank (n + m) >= n m,
+    and what is no matrix, travels dense beside the left factors. The memory is M minus the aggregated approximation.
     """
 
     name: ClassVar[str] = "powersgd"
@@ -43,9 +43,10 @@ class PowerSGD(Scheme):
         residual = call.residual()
         p = _GLOBAL.compensate(x, residual)
         parts = list(p.split([segment.numel for segment in call.segments]))
-        low = [i for i, segment in enumerate(call.segments) if self._is_low_rank(segment)]
+        shapes = [self._matrix(segment) for segment in call.segments]
+        low = [i for i, shape in enumerate(shapes) if shape]
         dense = [i for i in range(len(parts)) if i not in set(low)]
-        matrices = [parts[i].view(call.segments[i].shape[0], -1) for i in low]  # type: ignore[index]
+        matrices = [parts[i].view(shapes[i]) for i in low]
         queries = [self._query(m, call, call.segments[i].name) for i, m in zip(low, matrices)]
 
         lefts = [m @ q for m, q in zip(matrices, queries)]
@@ -57,7 +58,7 @@ class PowerSGD(Scheme):
         outputs = result.split([segment.numel for segment in call.segments])
         for i, left, right, query in zip(low, lefts, rights, queries):
             torch.mm(left, right.T, out=outputs[i].view(left.shape[0], -1))
-            unit = right / right.abs().amax().clamp_min(_TINY)  # only its span matters; a power iteration must not overflow
+            unit = right / right.abs().amax().clamp_min(_TINY)  # only its span matters, and it must not overflow
             query.copy_(unit.where(unit.isfinite().all() & right.any(), query))
         for i, mean in zip(dense, tail):
             outputs[i].copy_(mean)
@@ -65,18 +66,17 @@ class PowerSGD(Scheme):
         return result
 
     def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
-        sides = [
-            segment.shape[0] + segment.numel // segment.shape[0] for segment in segments if self._is_low_rank(segment)
-        ]  # type: ignore[index]
-        dense = sum(segment.numel for segment in segments if not self._is_low_rank(segment))
-        return 64 * (self.rank * sum(sides) + dense) * (size - 1) / size
+        shapes = [self._matrix(segment) for segment in segments]
+        sent = [self.rank * sum(shape) if shape else s.numel for shape, s in zip(shapes, segments)]
+        return 64 * sum(sent) * (size - 1) / size
 
-    def _is_low_rank(self, segment: Segment) -> bool:
+    def _matrix(self, segment: Segment) -> tuple[int, int] | None:
+        """(rows, columns) of a tensor that two factors are smaller than, else None."""
         if segment.shape is None or len(segment.shape) < 2 or not segment.numel:
-            return False
+            return None
         rows = segment.shape[0]
         columns = segment.numel // rows
-        return self.rank * (rows + columns) < rows * columns
+        return (rows, columns) if self.rank * (rows + columns) < rows * columns else None
 
     def _query(self, matrix: Tensor, call: Call, name: str) -> Tensor:
         """The right factor of the step before; at first random, the same on every rank."""
@@ -89,7 +89,7 @@ class PowerSGD(Scheme):
         return call.state("query", name, first)
 
 
-def _mean(call: Call, tensors: list[Tensor], first: int) -> Reduction:
+def _mean(call: Call, tensors: list[Tensor], first: int) -> Phases[tuple[list[Tensor], list[Tensor]]]:
     """All-reduce `tensors` as one; their means, split after the first `first`."""
     import torch
 

@@ -15,8 +15,8 @@ from .base import Scheme
 class QSGD(Scheme):
     """Each value is rounded at random to one of 2^(bits-1) - 1 levels of its block's norm, so that the mean is exact.
 
-    The paper scales by the Euclidean norm; `norm: absmax`, the default, has levels that reach no further than the largest
-    value, which at these block sizes makes the error many times smaller, and is unbiased all the same.
+    The paper scales by the Euclidean norm; `norm: absmax`, the default, has levels that reach no further than the
+    largest value, which at these block sizes makes the error many times smaller, and is unbiased all the same.
     Codes have a fixed width; the paper's variable-length code of the levels is not used.
     """
 

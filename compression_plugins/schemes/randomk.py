@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class RandomK(Scheme):
     """A shared random choice of coordinates: no indices travel and the values may be summed.
 
-    One coordinate is drawn uniformly from every run of `ratio` neighbours, instead of k from all of them: each coordinate
-    has the same chance of 1 / ratio, and neither a permutation nor a sort is needed. What is not drawn is remembered.
+    One coordinate is drawn uniformly from every run of `ratio` neighbours, instead of k from all of them: each
+    coordinate has the same chance of 1 / ratio, and neither a permutation nor a sort is needed. What is not drawn is
+    remembered.
     """
 
     name: ClassVar[str] = "randomk"

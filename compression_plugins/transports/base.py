@@ -53,7 +53,8 @@ class Transport(ABC):
 
     Attributes:
         rank, size: this process among those that take part.
-        sent: payload bytes that this rank has sent so far, as a ring would send them (the network interface adds headers).
+        sent: payload bytes that this rank has sent so far, as a ring would send them (the network interface adds
+        headers).
         ordered: True where every rank must start operations in the same order (torch.distributed); False where
             operations find each other by name (Horovod), so that work may be advanced whenever it happens to be ready.
     """
@@ -76,7 +77,9 @@ class Transport(ABC):
         return self._all_gather(x)
 
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Handle:
-        """`x` is cut into `send[i]` elements for rank i; the result holds `receive[i]` elements from rank i, in rank order."""
+        """`x` is cut into `send[i]` elements for rank i; the result holds `receive[i]` elements from rank i, in
+        rank order.
+        """
         self._count((sum(send) - send[self.rank]) * x.element_size())
         return self._all_to_all(x, send, receive)
 

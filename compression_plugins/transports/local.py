@@ -125,7 +125,7 @@ def _all_gather(inputs: list[Tensor], _: list[object]) -> list[Tensor]:
     return [rows for _ in inputs]
 
 
-def _all_to_all(inputs: list[Tensor], sends: list[list[int]]) -> list[Tensor]:  # type: ignore[type-arg]
+def _all_to_all(inputs: list[Tensor], sends: list[list[int]]) -> list[Tensor]:
     parts = [x.split(send) for x, send in zip(inputs, sends)]
     return [torch.cat([parts[source][rank] for source in range(len(inputs))]) for rank in range(len(inputs))]
 

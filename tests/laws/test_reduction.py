@@ -80,7 +80,9 @@ def test_unbiased_schemes_average_to_the_mean(name: str) -> None:
 
 @pytest.mark.parametrize("name", WITH_MEMORY)
 def test_one_step_never_moves_away_from_the_mean(name: str) -> None:
-    """Contraction on average, at the worst as bad as sending nothing; signs of aggregated updates are no contraction."""
+    """Contraction on average, at the worst as bad as sending nothing; signs of aggregated updates are no
+    contraction.
+    """
     if name == "marsit":
         pytest.skip(
             "Marsit's one-bit step is an unbiased sign of fixed size, not a contraction; its law is tested apart"

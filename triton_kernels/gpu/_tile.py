@@ -101,14 +101,15 @@ def descend(param, m, index, inside, update, lr, momentum, HAS_M: tl.constexpr):
 
 
 @triton.jit
-def store_codes(words, row, column, block, total, codes, BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def store_codes(words, row, column, block, numel, codes, BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Packs int32 codes [ROWS, COLUMNS] of ``BITS`` bits (zero in masked lanes), LSB first, into int32 words."""
     PER: tl.constexpr = 32 // BITS
     shift = tl.arange(0, PER) * BITS
     field = (codes & ((1 << BITS) - 1)).reshape(ROWS, COLUMNS // PER, PER) << shift[None, None, :]
     word_column = tl.arange(0, COLUMNS // PER) + tl.min(column, axis=0) // PER
     index = row[:, None] * (block // PER) + word_column[None, :]
-    tl.store(words + index, tl.sum(field, axis=2), mask=(word_column[None, :] < block // PER) & (index < total))
+    exists = (word_column[None, :] < block // PER) & (index < (numel + PER - 1) // PER)
+    tl.store(words + index, tl.sum(field, axis=2), mask=exists)
 
 
 @triton.jit

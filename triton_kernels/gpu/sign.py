@@ -75,9 +75,10 @@ def _reduce(
     """``size``: words between two ranks' payloads."""
     row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
     value = _decode_tile(in_scales, in_words, row, index, inside, block, numel)
-    for rank in range(1, ranks):
-        skip = rank.to(tl.int64) * size
-        value += _decode_tile(in_scales + skip, in_words + skip, row, index, inside, block, numel)
+    for _ in range(1, ranks):
+        in_scales += size
+        in_words += size
+        value += _decode_tile(in_scales, in_words, row, index, inside, block, numel)
     value = tl.where(inside, tl.div_rn(value, tl.zeros_like(value) + ranks), 0.0)
     old, p = compensate(value, r, alpha, index, inside, HAS_R)
     _finish(
@@ -109,8 +110,9 @@ def _apply(
 def _vote(ballots, size, ranks, numel, block, words, tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
     votes = load_codes(ballots, index, inside, 1)
-    for rank in range(1, ranks):
-        votes += load_codes(ballots + rank.to(tl.int64) * size, index, inside, 1)
+    for _ in range(1, ranks):
+        ballots += size
+        votes += load_codes(ballots, index, inside, 1)
     won = (2 * votes >= ranks) & inside
     store_codes(words, row, column, block, numel, won.to(tl.int32), 1, ROWS, COLUMNS)
 

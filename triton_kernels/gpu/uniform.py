@@ -1,0 +1,213 @@
+"""Triton kernels of the uniform codec; contracts in reference/uniform.py."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import layout
+from ..layout import SCALE_MAX, Memory
+from ..reference._memory import mean_in_rank_order
+from ._philox import KEY_ARGUMENTS, uniform16, words_of
+from ._tile import (
+    Geometry,
+    compensate,
+    descend,
+    factors,
+    load_codes,
+    load_x,
+    magnitude_bits,
+    moments,
+    place,
+    remember,
+    store_codes,
+    write,
+)
+
+_INF, _INF_BITS, _SCALE_MAX = tl.constexpr(float("inf")), tl.constexpr(0x7F800000), tl.constexpr(SCALE_MAX)
+
+
+@triton.jit
+def _scale(p, levels, L2: tl.constexpr):
+    """Scale of each row: a norm, NaN for a row with NaN or Inf, zero where ``levels / norm`` overflows."""
+    largest = tl.max(magnitude_bits(p), axis=1)
+    norm = largest.to(tl.float32, bitcast=True)
+    if L2:
+        wide = p.to(tl.float64)
+        norm = tl.sqrt(tl.sum(wide * wide, axis=1)).to(tl.float32)
+    norm = tl.where(norm < _SCALE_MAX, norm, _SCALE_MAX)
+    norm = tl.where(tl.div_rn(levels, norm) < _INF, norm, 0.0)
+    return tl.where(largest < _INF_BITS, norm, float("nan"))
+
+
+@triton.jit
+def _finish(
+    scales, words, row, column, index, inside, value, old, p, r, decay, sent, numel, block,
+    seed, tensor, first, step, rank, stream,
+    BITS: tl.constexpr, L2: tl.constexpr, STOCHASTIC: tl.constexpr,
+    HAS_R: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """From the compensated tile to payload and memory. ``GIVEN``: the scales stand in the payload already."""
+    exists = row * block < numel
+    levels = tl.zeros([ROWS], tl.float32) + ((1 << (BITS - 1)) - 1)
+    if GIVEN:
+        scale = tl.load(scales + row, mask=exists, other=0.0)
+    else:
+        scale = _scale(p, levels, L2)
+        tl.store(scales + row, scale, mask=exists)
+    live = scale > 0  # false for NaN
+    inverse = tl.where(live, tl.div_rn(levels, tl.where(live, scale, 1.0)), 0.0)
+    if STOCHASTIC:
+        EIGHTH: tl.constexpr = COLUMNS // 8
+        counter = row[:, None] * (block // 8) + (tl.min(column, axis=0) // 8 + tl.arange(0, EIGHTH))[None, :]
+        h = uniform16(counter, seed, tensor, first, step, rank, stream)
+        u = h.to(tl.float32) * 0.0000152587890625 + 0.00000762939453125  # (h + 1/2) / 65536, exact
+    else:
+        u = tl.zeros([ROWS, COLUMNS], tl.float32) + 0.5
+    top = levels[:, None]
+    z = tl.floor(tl.where(live[:, None], p, 0.0) * inverse[:, None] + u)
+    z = tl.minimum(tl.maximum(z, -top), top)
+    codes = tl.where(inside, z, 0.0).to(tl.int32)
+    store_codes(words, row, column, block, numel, codes, BITS, ROWS, COLUMNS)
+    if HAS_R:
+        q = z * tl.div_rn(scale, levels)[:, None]
+        remember(r, index, inside & (scale == scale)[:, None], value, old, q, decay, sent)
+
+
+@triton.jit(do_not_specialize=KEY_ARGUMENTS)
+def _encode(
+    x, stride, r, alpha, decay, sent, numel, block, scales, words,
+    seed, tensor, first, step, rank, stream, tiles,
+    BITS: tl.constexpr, L2: tl.constexpr, STOCHASTIC: tl.constexpr,
+    HAS_R: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
+    value = load_x(x, stride, index, inside)
+    old, p = compensate(value, r, alpha, index, inside, HAS_R)
+    _finish(
+        scales, words, row, column, index, inside, value, old, p, r, decay, sent, numel, block,
+        seed, tensor, first, step, rank, stream, BITS, L2, STOCHASTIC, HAS_R, GIVEN, ROWS, COLUMNS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _decode_tile(scales, words, row, index, inside, block, numel, BITS: tl.constexpr):
+    scale = tl.load(scales + row, mask=row * block < numel, other=0.0)
+    step = tl.div_rn(scale, tl.zeros_like(scale) + ((1 << (BITS - 1)) - 1))
+    code = load_codes(words, index, inside, BITS)
+    HALF: tl.constexpr = 1 << (BITS - 1)
+    return ((code ^ HALF) - HALF).to(tl.float32) * step[:, None]
+
+
+@triton.jit(do_not_specialize=KEY_ARGUMENTS)
+def _reduce(
+    in_scales, in_words, size, ranks, r, alpha, decay, sent, numel, block, scales, words,
+    seed, tensor, first, step, rank, stream, tiles,
+    BITS: tl.constexpr, L2: tl.constexpr, STOCHASTIC: tl.constexpr,
+    HAS_R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``size``: words between two ranks' payloads."""
+    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
+    value = _decode_tile(in_scales, in_words, row, index, inside, block, numel, BITS)
+    for _ in range(1, ranks):
+        in_scales += size
+        in_words += size
+        value += _decode_tile(in_scales, in_words, row, index, inside, block, numel, BITS)
+    value = tl.where(inside, tl.div_rn(value, tl.zeros_like(value) + ranks), 0.0)
+    old, p = compensate(value, r, alpha, index, inside, HAS_R)
+    _finish(
+        scales, words, row, column, index, inside, value, old, p, r, decay, sent, numel, block,
+        seed, tensor, first, step, rank, stream, BITS, L2, STOCHASTIC, HAS_R, False, ROWS, COLUMNS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _decode(
+    scales, words, out, weight, numel, block, tiles,
+    BITS: tl.constexpr, ACCUMULATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
+    write(out, index, inside, _decode_tile(scales, words, row, index, inside, block, numel, BITS), weight, ACCUMULATE)
+
+
+@triton.jit
+def _apply(
+    scales, words, param, m, lr, momentum, numel, block, tiles,
+    BITS: tl.constexpr, HAS_M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
+    update = _decode_tile(scales, words, row, index, inside, block, numel, BITS)
+    descend(param, m, index, inside, update, lr, momentum, HAS_M)
+
+
+def _scales_of_long_blocks(x, memory, block, levels, scale):
+    """What `_scale` computes, for blocks that no program holds whole."""
+    largest, _, squares = moments(x, memory, block)
+    norm = largest.view(torch.float32) if scale == "absmax" else squares.sqrt().float()
+    norm = norm.clamp(max=SCALE_MAX)
+    norm = torch.where((torch.full_like(norm, levels) / norm).isinf(), 0.0, norm)
+    return torch.where(largest < _INF_BITS.value, norm, torch.nan)
+
+
+def uniform_encode(
+    x, bits, block, key=None, scale="absmax", rounding="stochastic",
+    residual=None, alpha=1.0, decay=1.0, sent=1.0, out=None,
+):  # fmt: skip
+    memory = Memory(residual, alpha, decay, sent)
+    layout.check_uniform(bits, block, key, scale, rounding)
+    layout.check_input(x, memory)
+    numel, cut = x.numel(), Geometry(x.numel(), block)
+    out = layout.payload_for(out, layout.uniform_bytes(numel, bits, block), x)
+    scales, words = layout.split(out, layout.blocks(numel, block))
+    if cut.long:
+        scales.copy_(_scales_of_long_blocks(x, memory, block, layout.uniform_levels(bits), scale))
+    constants = {"BITS": bits, "L2": scale == "l2", "STOCHASTIC": rounding == "stochastic"}
+    arguments = x, x.stride(0), *factors(x, memory), numel, block, scales, words, *words_of(key)
+    cut.launch(_encode, x, *arguments, HAS_R=residual is not None, GIVEN=cut.long, **constants)
+    return out
+
+
+def uniform_decode(payload, numel, bits, block, out=None, weight=1.0, accumulate=False):
+    layout.check_bits(bits)
+    layout.check_block(block)
+    layout.check_payload(payload, layout.uniform_bytes(numel, bits, block))
+    out = layout.result_for(out, numel, payload, accumulate)
+    scales, words = layout.split(payload, layout.blocks(numel, block))
+    arguments = scales, words, out, float(weight), numel, block
+    Geometry(numel, block).launch(_decode, payload, *arguments, BITS=bits, ACCUMULATE=accumulate)
+    return out
+
+
+def uniform_reduce(
+    payloads, numel, bits, block, key=None, scale="absmax", rounding="stochastic", out=None,
+    *, residual=None, alpha=1.0, decay=1.0, sent=1.0,
+):  # fmt: skip
+    memory = Memory(residual, alpha, decay, sent)
+    layout.check_uniform(bits, block, key, scale, rounding)
+    layout.check_payloads(payloads, layout.uniform_bytes(numel, bits, block))
+    layout.check_residual(memory, payloads, numel)
+    cut = Geometry(numel, block)
+    if cut.long:  # the scale of a long block takes a pass of its own, over the average
+        average = mean_in_rank_order([uniform_decode(payload, numel, bits, block) for payload in payloads])
+        return uniform_encode(average, bits, block, key, scale, rounding, residual, alpha, decay, sent, out)
+    out = layout.payload_for(out, layout.uniform_bytes(numel, bits, block), payloads)
+    scales, words = layout.split(out, layout.blocks(numel, block))
+    in_scales, in_words = layout.split(payloads, layout.blocks(numel, block))
+    constants = {"BITS": bits, "L2": scale == "l2", "STOCHASTIC": rounding == "stochastic"}
+    given = in_scales, in_words, payloads.shape[1] // 4, len(payloads)
+    arguments = *given, *factors(payloads, memory), numel, block, scales, words, *words_of(key)
+    cut.launch(_reduce, payloads, *arguments, HAS_R=residual is not None, **constants)
+    return out
+
+
+def uniform_apply(payload, param, bits, block, lr, momentum_buffer=None, momentum=0.0):
+    numel = param.numel()
+    layout.check_bits(bits)
+    layout.check_block(block)
+    layout.check_payload(payload, layout.uniform_bytes(numel, bits, block))
+    layout.check_apply(payload, param, momentum_buffer)
+    scales, words = layout.split(payload, layout.blocks(numel, block))
+    m = param if momentum_buffer is None else momentum_buffer
+    arguments = scales, words, param.detach(), m.detach(), float(lr), float(momentum), numel, block
+    Geometry(numel, block).launch(_apply, payload, *arguments, BITS=bits, HAS_M=momentum_buffer is not None)
