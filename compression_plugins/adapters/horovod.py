@@ -11,7 +11,8 @@ Importing this module installs it; a launch with `--compression` imports it by i
 compressor, or the scheme `none`, keep Horovod's own code.
 
 What is kept from step to step (residuals) is this rank's own. It is not in `optimizer.state_dict()`, which Horovod
-broadcasts from rank 0: `state_dict(optimizer)` and `load_state_dict(optimizer, state)` save and restore it, rank by rank.
+broadcasts from rank 0: each rank saves and restores its own by `state_dict(optimizer)` and
+`load_state_dict(optimizer, state)` of this module.
 With a loss scaler, call `synchronize()` and `unscale_` as Horovod documents; residuals are in units of the scaled loss.
 """
 
@@ -130,7 +131,7 @@ def install() -> None:
     missing = [name for name in (*_SEAMS, "_sparse_allreduce_grad_async") if not hasattr(cls, name)]
     if arguments != _CONSTRUCTOR or missing:
         raise UnsupportedError(
-            f"horovod {horovod.__version__}: its DistributedOptimizer is not that of 0.28, for which this adapter is made: "
+            f"horovod {horovod.__version__}: DistributedOptimizer differs from 0.28, for which this adapter is made: "
             f"constructor {arguments}, missing {missing}"
         )
     _unset_malformed_variables()

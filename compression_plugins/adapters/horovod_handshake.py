@@ -93,8 +93,8 @@ def wait(handle: Handle) -> Tensor:
         if time.monotonic() > deadline:
             raise MismatchError(
                 f"horovod compression: some rank did not begin its first compressed step within {seconds:g} s; "
-                "Horovod's stall warning on rank 0 lists the missing ranks. There, compression-plugins is not installed, or the "
-                f"configuration did not arrive, or the first step takes longer: then raise {TIMEOUT_VARIABLE}"
+                "Horovod's stall warning on rank 0 lists the missing ranks. There, compression-plugins is missing, or "
+                f"the configuration did not arrive, or the first step takes longer: then raise {TIMEOUT_VARIABLE}"
             )
         time.sleep(1e-3)
     return handle.wait()

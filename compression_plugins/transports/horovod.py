@@ -83,7 +83,7 @@ class HorovodTransport(Transport):
         return HorovodHandle(handle)
 
     def _exchange(self, x: Tensor, to: int, source: int) -> Handle:
-        """Horovod cannot send and receive: an all-to-all whose splits are zero elsewhere takes one cycle of its loop."""
+        """Horovod cannot send and receive: an all-to-all with splits of zero elsewhere takes a cycle of its loop."""
         send, receive = [0] * self.size, [0] * self.size
         send[to] = receive[source] = x.numel()
         return self._all_to_all(x, send, receive)

@@ -74,7 +74,7 @@ def test_a_resume_continues_bit_for_bit() -> None:
     two = torch.nn.Parameter(one.detach().clone())
     second = QuantizedWeights(DoubleQuantization(snapshot_steps=3), [("w", two)])
     second.load_state_dict(first.state_dict())
-    for weights, parameter in ((first, one), (second, two)):
+    for weights in (first, second):
         weights.restore()
         weights.quantize(5)
     assert torch.equal(one, two)

@@ -17,9 +17,14 @@ SCRIPTS = HERE / "scripts"
 
 
 def deepspeed(
-    script: str, *arguments: str | Path, ranks: int = 2, environment: dict[str, str] | None = None, timeout: float = 150
+    script: str,
+    *arguments: str | Path,
+    ranks: int = 2,
+    folder: Path | None = None,
+    environment: dict[str, str] | None = None,
+    timeout: float = 280,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `scripts/<script>` under the `deepspeed` launcher on CPU ranks; output and errors in `.stdout`."""
+    """Run `scripts/<script>` in `folder` under the `deepspeed` launcher on CPU ranks; output and errors in `.stdout`."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -34,7 +39,7 @@ def deepspeed(
     return subprocess.run(
         command,
         env={**env, **(environment or {})},
-        cwd=arguments[0] if arguments and Path(arguments[0]).is_dir() else None,
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

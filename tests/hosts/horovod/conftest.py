@@ -1,4 +1,4 @@
-"""Real `horovodrun` jobs. A start costs seconds, so a script makes many checks and prints one `RESULT {json}` a rank."""
+"""Real `horovodrun` jobs. A start costs seconds: a script makes many checks and prints a `RESULT {json}` a rank."""
 
 from __future__ import annotations
 

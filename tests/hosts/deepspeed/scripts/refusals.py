@@ -1,0 +1,77 @@
+"""Try to start what must be refused; write the error that each rank got for each case."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import deepspeed
+import deepspeed.comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.layer import MoE
+from deepspeed.pipe import PipelineModule
+
+FOLDER = Path(sys.argv[1])
+TOPK = {"scheme": "topk", "ratio": 10}
+FP16 = {"fp16": {"enabled": True}}
+
+
+def zero(**options) -> dict:
+    return {"zero_optimization": options}
+
+
+def cases() -> dict[str, tuple[dict, torch.nn.Module | None]]:
+    """Name -> (config beyond the ordinary one, model or None for the ordinary one)."""
+    rank = dist.get_rank()
+    linear = torch.nn.Linear(32, 32)
+    return {
+        "stage 3": (zero(stage=3), None),
+        "zero++": (zero(stage=2, zero_quantized_gradients=True), None),
+        "zenflow": (zero(stage=2, zenflow={"topk_ratio": 0.1}, offload_optimizer={"device": "cpu"}), None),
+        "deepcompile": ({**zero(stage=1), "compile": {"deepcompile": True}}, None),
+        "superoffload": (zero(stage=2, offload_optimizer={"device": "cpu", "super_offload": True}), None),
+        "fp16 stage 0": (FP16, None),
+        "autocast fp16": ({"torch_autocast": {"enabled": True, "dtype": "float16"}, **zero(stage=1)}, None),
+        "pipeline": ({}, PipelineModule(layers=[linear], num_stages=1, loss_fn=torch.nn.MSELoss())),
+        "moe": ({}, MoE(32, linear, num_experts=2)),
+        "sparse": ({}, torch.nn.Sequential(torch.nn.Embedding(64, 32, sparse=True), torch.nn.Linear(32, 32))),
+        "typo": ({"communication_compression": {**TOPK, "ration": 3}}, None),
+        "not a mapping": ({"communication_compression": "topk"}, None),
+        "enabled": ({"communication_compression": {**TOPK, "enabled": "yes"}}, None),
+        "no rule matches": ({"communication_compression": {**TOPK, "rules": [{"match": "x*", "scheme": "none"}]}}, None),
+        "another ratio": ({"communication_compression": {**TOPK, "ratio": 10 + rank}}, None),
+        "another model": ({}, torch.nn.Linear(32, 32 + rank)),
+    }
+
+
+def error_of(config: dict, model: torch.nn.Module | None) -> str:
+    model = model or torch.nn.Linear(64, 64)
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "communication_compression": TOPK,
+        **config,
+    }
+    try:
+        deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    get_accelerator().is_fp16_supported = lambda: True
+    deepspeed.init_distributed()
+    found = {name: error_of(config, model) for name, (config, model) in cases().items()}
+    (FOLDER / f"errors{dist.get_rank()}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
