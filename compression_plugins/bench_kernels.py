@@ -9,8 +9,10 @@ PyTorch (the reference of the tests), under ``torch.compile``, and the packing a
 from __future__ import annotations
 
 import fnmatch
+import importlib
 import importlib.util
 import json
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,13 +92,17 @@ def _decoders(x: torch.Tensor, param: torch.Tensor, key: K.Key) -> Iterator[Case
         payload = K.uniform_encode(x, width, BLOCK, key)
         yield Case("uniform_decode", f"{width} bit", dense + payload.nbytes, (payload, numel, width, BLOCK))
     payloads = payload.repeat(RANKS, 1)
-    yield Case("uniform_reduce", f"8 bit, {RANKS} ranks", (RANKS + 1) * payload.nbytes, (payloads, numel, 8, BLOCK, key))
+    yield Case(
+        "uniform_reduce", f"8 bit, {RANKS} ranks", (RANKS + 1) * payload.nbytes, (payloads, numel, 8, BLOCK, key)
+    )
     yield Case("uniform_apply", "8 bit, SGD", 2 * dense + payload.nbytes, (payload, param, 8, BLOCK, 1e-3))
     for kind in ("bf16", "fp8"):
         payload = K.cast_encode(x, kind, BLOCK)
         payloads = payload.repeat(RANKS, 1)
         yield Case("cast_decode", kind, dense + payload.nbytes, (payload, numel, kind, BLOCK))
-        yield Case("cast_reduce", f"{kind}, {RANKS} ranks", (RANKS + 1) * payload.nbytes, (payloads, numel, kind, BLOCK))
+        yield Case(
+            "cast_reduce", f"{kind}, {RANKS} ranks", (RANKS + 1) * payload.nbytes, (payloads, numel, kind, BLOCK)
+        )
     codes = torch.arange(numel, dtype=torch.int32, device=x.device) % CHUNK
     packed = K.pack_bits(codes, WIDTH)
     yield Case("pack_bits", f"{WIDTH} bit", codes.nbytes + packed.nbytes, (codes, WIDTH))
@@ -129,12 +135,16 @@ def _array_library(tensor: torch.Tensor):
     return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 
-def measure(case: Case, device: torch.device, rate: float, repeats: int, compiled: bool) -> dict[str, Any]:
-    """One row of the table: times in milliseconds, None where not measured (``compiled_skipped`` says why)."""
+def measure(case: Case, numel: int, device: torch.device, repeats: int, compiled: bool) -> dict[str, Any]:
+    """One row of the table: times in milliseconds, None where not measured (``compiled_skipped`` says why).
+
+    The copy is timed again beside every kernel, so that the ratio survives a machine whose speed drifts.
+    """
     family = dispatch.FAMILY_OF[case.kernel]
     reference = getattr(dispatch.load("reference", family), case.kernel)
     slow = min(repeats, SLOW_REPEATS)
     seconds = median_seconds(case.bind(getattr(K, case.kernel)), device, repeats)
+    rate = copy_rate(numel, device, repeats)
     bound = case.bytes / rate
     compiled_ms, skipped = _compiled(case, reference, device, slow) if compiled else (None, "not asked for")
     return {
@@ -142,6 +152,7 @@ def measure(case: Case, device: torch.device, rate: float, repeats: int, compile
         "setting": case.setting,
         "implementation": dispatch.implementation(device),
         "bytes": case.bytes,
+        "copy_bytes_per_s": rate,
         "ms": 1e3 * seconds,
         "bound_ms": 1e3 * bound,
         "ratio": seconds / bound,
@@ -177,11 +188,11 @@ def run(
     numel = NUMEL[target.type] if numel is None else numel
     if numel < 1 or repeats < 1:
         raise ConfigError(f"numel and repeats must be at least 1, got {numel} and {repeats}")
+    names = _matching(only)
+    about = machine(target) | {"numel": numel}
     with one_thread():
-        rate = copy_rate(numel, target, repeats)
-        about = machine(target) | {"numel": numel, "threads": 1, "copy_bytes_per_s": rate}
-        chosen = (case for case in cases(numel, target) if not only or any(map(case.kernel.__eq__, _matching(only))))
-        rows = [about | measure(case, target, rate, repeats, compiled) for case in chosen]
+        chosen = (case for case in cases(numel, target) if case.kernel in names)
+        rows = [about | measure(case, numel, target, repeats, compiled) for case in chosen]
     print(table(rows))
     if path is not None:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -189,7 +200,7 @@ def run(
 
 
 def _matching(patterns: Sequence[str]) -> set[str]:
-    names = {name for pattern in patterns for name in fnmatch.filter(dispatch.FAMILY_OF, pattern)}
+    names = {name for pattern in patterns or ["*"] for name in fnmatch.filter(dispatch.FAMILY_OF, pattern)}
     if not names:
         raise ConfigError(f"no kernel matches {', '.join(patterns)}; kernels: {', '.join(dispatch.FAMILY_OF)}")
     return names
@@ -200,7 +211,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     first = rows[0]
     lines = [
         f"{first['machine']}, {first['date']}, torch {first['torch']}, triton {first['triton']}, numba {first['numba']}",
-        f"{first['numel']:,} fp32 elements, copy {first['copy_bytes_per_s'] / 1e9:.1f} GB/s"
+        f"{first['numel']:,} fp32 elements, copy {statistics.median(row['copy_bytes_per_s'] for row in rows) / 1e9:.1f} GB/s"
         + (", one thread" if first["device"] == "cpu" else ""),
         "",
     ]
@@ -215,7 +226,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for cell in cells:
-        text = (value.ljust(width) if i < 2 else value.rjust(width) for i, (value, width) in enumerate(zip(cell, widths, strict=True)))
+        text = (
+            value.ljust(width) if i < 2 else value.rjust(width)
+            for i, (value, width) in enumerate(zip(cell, widths, strict=True))
+        )
         lines.append("  ".join(text).rstrip())
     reasons: dict[str, list[str]] = {}
     for row in rows:

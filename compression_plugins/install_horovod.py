@@ -116,7 +116,7 @@ def inspect(wanted: Features, python: str = sys.executable) -> tuple[str | None,
     facts = json.loads(run.stdout.rsplit("\n", 2)[-2])
     if "version" not in facts:
         return "it is not installed", "absent"
-    line = f"Horovod {facts['version']} for torch {facts['built_for']}"
+    line = f"Horovod {facts['version']}" + (f" for torch {facts['built_for']}" if facts["built_for"] else "")
     if "error" in facts:
         return f"horovod.torch does not import ({facts['error'].splitlines()[0]})", line
     if not facts["extension"]:

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON_MINIMUM = (3, 10)
-# Measured with a CPU build of torch, and rounded up. A CUDA build brings the CUDA libraries along.
+# .venv with a CPU build of torch takes 2.8 GB; the libraries of a CUDA build, and temporary files, are allowances.
 VENV_GB, CUDA_GB, TEMPORARY_GB = 3.5, 7.0, 1.5
 
 

@@ -41,7 +41,9 @@ def check_bit_pair(left: torch.Tensor, right: torch.Tensor) -> None:
 
 def check_scatter(indices: torch.Tensor, values: torch.Tensor, out: torch.Tensor) -> None:
     if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
-        raise CompressionError(f"indices must be 1-D int32 or int64, got {indices.dtype} of shape {tuple(indices.shape)}")
+        raise CompressionError(
+            f"indices must be 1-D int32 or int64, got {indices.dtype} of shape {tuple(indices.shape)}"
+        )
     if values.dtype != torch.float32 or values.shape != indices.shape:
         raise CompressionError(
             f"values must be fp32 of shape {tuple(indices.shape)}, got {values.dtype} of shape {tuple(values.shape)}"

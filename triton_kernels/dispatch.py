@@ -89,7 +89,7 @@ def _device_of(args: tuple, kwargs: dict) -> torch.device:
 
 
 def dispatched(name: str) -> Callable:
-    """The public function ``name``: signature and docstring of its reference, run by the implementation of the device."""
+    """The public function ``name``: documented by its reference, run by the implementation of the device."""
     family = FAMILY_OF[name]
 
     @functools.wraps(getattr(load("reference", family), name))

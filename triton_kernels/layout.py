@@ -1,7 +1,7 @@
 """Payload layouts and argument checks, shared by the three implementations.
 
-A payload is one contiguous ``uint8`` tensor ``[scales fp32, one per block | codes]``, little-endian, bits LSB first, the
-code area padded with zero bits to whole 4-byte words. Its size follows from ``(numel, settings)`` alone:
+A payload is one contiguous ``uint8`` tensor ``[scales fp32, one per block | codes]``, little-endian, bits LSB first;
+the code area is padded with zero bits to whole 4-byte words. Its size follows from ``(numel, settings)`` alone:
 
     sign     4 * ceil(n / block) + 4 * ceil(n / 32)            bit 1 means p >= 0
     uniform  4 * ceil(n / block) + 4 * ceil(n * bits / 32)     two's complement codes of 2, 4, 8 or 16 bits

@@ -94,7 +94,10 @@ class HostFinder:
 
 
 class _InstallingLoader:
-    """Executes the module as its own loader would, leaves no trace in it, then installs the adapter."""
+    """Executes the module as its own loader would, leaves no trace in it, then installs the adapter.
+
+    The module is not yet an attribute of its package then: adapters write `from package import module`.
+    """
 
     def __init__(self, loader: Any, host: str) -> None:
         self._loader, self._host = loader, host

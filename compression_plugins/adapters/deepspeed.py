@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ _attached = 0  # engines so far; the same on every rank, so it names their hands
 
 
 def install() -> None:
-    """Make DeepSpeed understand the block. Needs `deepspeed.runtime.engine` importable; calling it again does nothing."""
+    """Make DeepSpeed understand the block; `deepspeed.runtime.engine` must be importable. Idempotent."""
     import deepspeed.runtime.config as runtime_config
     import deepspeed.runtime.engine as runtime_engine
     import deepspeed.runtime.tensor_parallel.init_utils as init_utils
@@ -41,7 +42,7 @@ def install() -> None:
         return
     _wrap_loader(init_utils)
     package = sys.modules["deepspeed"]
-    if hasattr(package, "load_ds_config"):  # already imported by name; otherwise deepspeed/__init__.py is still to do so
+    if hasattr(package, "load_ds_config"):  # imported by name already; otherwise deepspeed/__init__.py is yet to do so
         package.load_ds_config = init_utils.load_ds_config
     _wrap_config(runtime_config.DeepSpeedConfig)
     _wrap_engine(runtime_engine.DeepSpeedEngine)
@@ -72,8 +73,8 @@ class _Yaml12(yaml.SafeLoader):
 
 
 _Yaml12.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_FLOAT = r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"
-_Yaml12.add_implicit_resolver("tag:yaml.org,2002:float", __import__("re").compile(_FLOAT), list("-+.0123456789"))
+_FLOAT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+_Yaml12.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 def _is_yaml(config: Any) -> bool:
@@ -117,8 +118,8 @@ def _wrap_config(cls: Any) -> None:
             return
         _refuse_config(self)
         if self.communication_data_type is None and self.grad_accum_dtype == "fp32":
-            # DeepSpeed would round accumulated fp32 gradients to the model's dtype for the wire. Compressed, they cost the
-            # same there in either dtype, and error feedback cannot see a rounding that happens before it.
+            # DeepSpeed would round accumulated fp32 gradients to the model's dtype for the wire. Compressed, they cost
+            # the same there in either dtype, and error feedback cannot see a rounding that happens before it.
             import torch
 
             self.communication_data_type = torch.float32
@@ -133,7 +134,7 @@ def _refuse_config(config: Any) -> None:
     refusals = (
         (zero.stage == 3, "ZeRO stage 3 is not supported yet", "set zero_optimization.stage to 0, 1 or 2"),
         (zero.zero_quantized_gradients, "ZeRO++ compresses gradients itself", "remove zero_quantized_gradients"),
-        (getattr(zero, "zenflow", None), "ZenFlow reduces gradients on a path of its own", "remove zero_optimization.zenflow"),
+        (zero.zenflow, "ZenFlow reduces gradients on a path of its own", "remove zero_optimization.zenflow"),
         (getattr(offload, "super_offload", False), "SuperOffload is not supported", "set super_offload to false"),
         (config.compile_config.deepcompile, "DeepCompile calls NCCL from C++", "set compile.deepcompile to false"),
         (
@@ -154,13 +155,13 @@ def _refuse_engine(engine: Any) -> None:
     model_parallel = engine.mp_world_size > 1 or engine.sequence_parallel_size > 1 or engine.autotp_size() > 1
     scaled = engine.fp16_enabled() and not isinstance(optimizer, ZeROOptimizer)
     refusals = (
-        (engine.pipeline_parallelism, "the pipeline engine is not supported yet", "pass a plain module, not a PipelineModule"),
+        (engine.pipeline_parallelism, "the pipeline engine is not supported yet", "pass a plain module instead"),
         (engine.has_moe_layers, "mixture-of-experts layers are not supported yet", "train without DeepSpeed MoE"),
         (model_parallel, "tensor and sequence parallelism are not supported yet", "use data parallelism only"),
         (sparse, f"{', '.join(sparse)} makes sparse gradients", "build the embedding with sparse=False"),
         (optimizer is None, "there is no optimizer, so nothing is reduced", "give deepspeed.initialize an optimizer"),
         (
-            scaled and (optimizer.dynamic_loss_scale or optimizer.loss_scale != 1),
+            scaled and (engine.dynamic_loss_scale() or engine.loss_scale() != 1),
             "DeepSpeed divides fp16 gradients by the loss scale at ZeRO stage 0 but does not multiply the loss by it",
             "use bf16, or ZeRO stage 1 or 2",
         ),
@@ -200,7 +201,6 @@ def attach(engine: Any, config: Config) -> Session:
     import deepspeed
     import torch
     from deepspeed.comm import comm
-    from deepspeed.utils import log_dist
     from torch.distributed.distributed_c10d import _get_default_store
 
     from ..plan import TensorSpec, make_plan
@@ -210,6 +210,7 @@ def attach(engine: Any, config: Config) -> Session:
     from . import deepspeed_checkpoint, deepspeed_seams
     from .deepspeed_backend import CompressedBackend, Session
     from .deepspeed_handshake import handshake
+    from .notice import announce
 
     global _attached
     _refuse_engine(engine)
@@ -224,7 +225,11 @@ def attach(engine: Any, config: Config) -> Session:
         "config": config.to_dict(),
         "plan": plan.digest(),
         "tensors": len(trainable),
-        "versions": {"compression_plugins": __version__, "deepspeed": deepspeed.__version__, "torch": torch.__version__},
+        "versions": {
+            "compression_plugins": __version__,
+            "deepspeed": deepspeed.__version__,
+            "torch": torch.__version__,
+        },
         "zero_stage": int(engine.zero_optimization_stage()),
     }
     _attached += 1
@@ -238,7 +243,10 @@ def attach(engine: Any, config: Config) -> Session:
     deepspeed_seams.mark_zero(session) if zero else deepspeed_seams.mark_engine(session)
     _follow_steps(session)
     deepspeed_checkpoint.follow(session)
-    log_dist(f"{BLOCK}: {'reduce-scatter' if zero else 'all-reduce'} of gradients\n{plan.table()}", ranks=[0])
+    if rank == 0:
+        announce(
+            f"DeepSpeed {deepspeed.__version__}, ZeRO stage {facts['zero_stage']}, {session.size} ranks: {plan.table()}"
+        )
     return session
 
 

@@ -1,4 +1,4 @@
-"""The communication backend of DeepSpeed, compressing what runs inside a scope, and the session that a scope belongs to."""
+"""The communication backend of DeepSpeed, compressing inside a scope, and the session that a scope belongs to."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class CompressedBackend(TorchBackend):
             return backend
         if not isinstance(backend, TorchBackend):
             raise UnsupportedError(
-                f"communication_compression: the communication backend is {type(backend).__name__}, not torch.distributed; "
-                "remove the block, or run on an accelerator whose DeepSpeed backend is torch.distributed"
+                f"communication_compression: DeepSpeed communicates by {type(backend).__name__}, not torch; "
+                "remove the block, or run on an accelerator where it does"
             )
         adopted = cls.__new__(cls)
         adopted.__dict__.update(backend.__dict__)
@@ -119,8 +119,8 @@ class Session:
         import deepspeed
 
         return UnsupportedError(
-            f"communication_compression: DeepSpeed {deepspeed.__version__} does not reduce gradients the way this adapter "
-            f"knows: {what}. Install a tested version (pip install deepspeed==0.19.8) or remove the block"
+            f"communication_compression: DeepSpeed {deepspeed.__version__} does not reduce gradients the way this "
+            f"adapter knows: {what}. Install a tested version (pip install deepspeed==0.19.8) or remove the block"
         )
 
     def reduce(self, tensor: Tensor, op: Any, group: Any, destination: int | None) -> bool:
@@ -146,9 +146,9 @@ class Session:
         chosen = [[runs[i] for i in part.order] for part in route.parts]
         jobs = [
             self.reducer.start(part.bucket, torch.cat(mine).float().mul_(unit), part.shards)
-            for part, mine in zip(route.parts, chosen)
+            for part, mine in zip(route.parts, chosen, strict=True)
         ]
-        for part, mine, job in zip(route.parts, chosen, jobs):
+        for part, mine, job in zip(route.parts, chosen, jobs, strict=True):
             pieces = job.result().mul(self.size / unit).split(part.lengths)
             if part.kept:
                 torch._foreach_copy_([mine[i] for i in part.kept], [pieces[i] for i in part.kept])
@@ -184,7 +184,7 @@ class Session:
                 pieces.append(piece)
             position += piece.numel
         if sum(piece.numel for piece in pieces) != numel:
-            raise self.mismatch(f"a buffer of {numel} elements is reduced where {len(pieces)} announced pieces do not fill it")
+            raise self.mismatch(f"a buffer of {numel} elements is not made of the pieces announced for it")
         return pieces
 
     def _build(self, pieces: list[Piece], device: torch.device) -> Route:
@@ -202,12 +202,13 @@ class Session:
                 members = sorted(members, key=lambda member: member[1].owner)  # type: ignore[arg-type, return-value]
             bucket = Bucket(scheme, tuple(self._join([piece for _, piece in members], owned)), str(device))
             kept = tuple(i for i, (_, piece) in enumerate(members) if piece.owner in (None, self.rank))
-            shards = [sum(p.numel for _, p in members if p.owner == rank) for rank in range(self.size)] if owned else None
+            sizes = [sum(p.numel for _, p in members if p.owner == rank) for rank in range(self.size)]
+            shards = sizes if owned else None
             parts.append(Part(bucket, tuple(i for i, _ in members), [p.numel for _, p in members], shards, kept))
         return Route([piece.numel for piece in pieces], tuple(parts))
 
     def _join(self, pieces: list[Piece], owned: bool) -> list[Segment]:
-        """Segments of a bucket. Without owners, slices of one parameter that follow each other are one segment again."""
+        """Segments of a bucket. Without owners, consecutive slices of one parameter are one segment again."""
         segments: list[Segment] = []
         for piece in pieces:
             name, start, numel = piece.name or "", piece.start, piece.numel

@@ -1,7 +1,7 @@
 """The compression state beside DeepSpeed's checkpoint: one file a rank, in the folder of the tag.
 
-Why not inside DeepSpeed's files: at stage 0 it keeps rank 0's optimizer state only, and a residual differs on every rank;
-the conversion tools for universal checkpoints would not know our entries.
+Why not inside DeepSpeed's files: at stage 0 it keeps rank 0's optimizer state only, and a residual differs on every
+rank; the conversion tools for universal checkpoints would not know our entries.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .. import __version__
 from ..errors import CompressionError
 from ..reducer import reshard
 from .deepspeed_handshake import differences
+from .notice import announce
 
 if TYPE_CHECKING:
     from .deepspeed_backend import Session
@@ -27,7 +28,7 @@ _PATTERN = re.compile(r"communication_compression_rank_(\d+)_of_(\d+)\.pt")
 
 
 def follow(session: Session) -> None:
-    """Save and load with the engine. DeepSpeed writes `latest` after `_save_checkpoint`, so never points at half a state."""
+    """Save and load with the engine. DeepSpeed writes `latest` later, so it never points at half a state."""
     engine = session.engine
     save_original, load_original = engine._save_checkpoint, engine._load_checkpoint
 
@@ -38,13 +39,10 @@ def follow(session: Session) -> None:
         return result
 
     @functools.wraps(load_original)
-    def _load_checkpoint(
-        load_dir: str, tag: str, *args: Any, load_optimizer_states: bool = True, load_module_only: bool = False, **kwargs: Any
-    ) -> Any:
-        kwargs |= {"load_optimizer_states": load_optimizer_states, "load_module_only": load_module_only}
+    def _load_checkpoint(load_dir: str, tag: str, *args: Any, **kwargs: Any) -> Any:
         result = load_original(load_dir, tag, *args, **kwargs)
         if result[0] is not None:
-            if load_optimizer_states and not load_module_only:
+            if kwargs.get("load_optimizer_states", True) and not kwargs.get("load_module_only", False):
                 load(session, Path(load_dir) / str(tag))
             else:
                 session.reset()
@@ -71,50 +69,54 @@ def save(session: Session, folder: Path) -> None:
 def load(session: Session, folder: Path) -> None:
     """Continue from the files in `folder`.
 
-    The same number of ranks continues bit for bit. Another number starts from the mean of all old residuals on every rank,
-    so that what is still owed to the averaged update is paid. A checkpoint without files (of an uncompressed job), or of
-    another scheme, starts with empty memory, and says so.
+    The same number of ranks continues bit for bit. Another number starts from the mean of all old residuals on every
+    rank, so that what is still owed to the averaged update is paid. A checkpoint of an uncompressed job, or of another
+    scheme, starts with empty memory, and says so.
 
     Raises:
         CompressionError: files of some ranks are missing or unreadable.
     """
-    from deepspeed.utils import log_dist
-
-    files = {(int(m[1]), int(m[2])): p for p in folder.glob("communication_compression_rank_*.pt") if (m := _PATTERN.fullmatch(p.name))}
+    matches = [(_PATTERN.fullmatch(path.name), path) for path in folder.glob("communication_compression_rank_*.pt")]
+    files = {(int(match[1]), int(match[2])): path for match, path in matches if match}
     own = files.get((session.rank, session.size))
     if not files:
         session.reset()
-        log_dist(f"communication_compression: {folder} holds no compression state; residuals start at zero", ranks=[0])
+        _say(session, f"{folder} holds no compression state; residuals start at zero")
         return
-    document = _read(own) if own else _merge(files, folder, session.size)
+    document = _read(own) if own else _merge(session, files, folder)
     changed = differences(document["config"], session.reducer.config.to_dict())
     if changed:
-        log_dist(f"communication_compression: since {folder} was saved the configuration changed: {'; '.join(changed)}"
-                 .replace(" on rank 0", " then").replace(" there", " now"), ranks=[0])  # fmt: skip
+        text = "; ".join(changed).replace(" on rank 0", " then").replace(" there", " now")
+        _say(session, f"the configuration has changed since {folder} was saved: {text}")
     if document["config"]["scheme"] != session.reducer.config.scheme.name:
         session.reset()
-        log_dist("communication_compression: another scheme cannot use these residuals; they start at zero", ranks=[0])
+        _say(session, "another scheme cannot use these residuals; they start at zero")
         return
     session.reducer.load_state_dict(document["reducer"])
     session.load_extra_state(document if own else {})
 
 
-def _merge(files: dict[tuple[int, int], Path], folder: Path, size: int) -> dict[str, Any]:
+def _merge(session: Session, files: dict[tuple[int, int], Path], folder: Path) -> dict[str, Any]:
     """The document for a rank of a world of another size."""
-    from deepspeed.utils import log_dist
-
-    sizes = sorted({old for _, old in files})
+    sizes = sorted({size for _, size in files})
     if len(sizes) > 1:
-        raise CompressionError(f"{folder} holds compression state of {sizes} ranks and not of {size}; delete the stale files")
+        raise CompressionError(
+            f"{folder} holds compression state of {sizes} ranks, not of {session.size}; delete old files"
+        )
     missing = [rank for rank in range(sizes[0]) if (rank, sizes[0]) not in files]
     if missing:
         raise CompressionError(
-            f"{folder} holds compression state of {sizes[0]} ranks, but not of ranks {missing}; to continue on {size} ranks "
-            "copy all files into a folder that every node can read"
+            f"{folder} holds compression state of {sizes[0]} ranks, but not of ranks {missing}; to continue on "
+            f"{session.size} ranks copy all files into a folder that every node can read"
         )
     documents = [_read(files[rank, sizes[0]]) for rank in range(sizes[0])]
-    log_dist(f"communication_compression: residuals of {sizes[0]} ranks are averaged onto {size} ranks", ranks=[0])
+    _say(session, f"the residuals of {sizes[0]} ranks are averaged onto {session.size}")
     return {**documents[0], "reducer": reshard([document["reducer"] for document in documents])}
+
+
+def _say(session: Session, message: str) -> None:
+    if session.rank == 0:
+        announce(message)
 
 
 def _read(path: Path) -> dict[str, Any]:

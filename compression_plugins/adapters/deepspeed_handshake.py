@@ -26,7 +26,9 @@ class Store(Protocol):
     def wait(self, keys: list[str], timeout: timedelta) -> None: ...
 
 
-def handshake(store: Store, key: str, rank: int, size: int, facts: dict[str, Any], timeout: float | None = None) -> None:
+def handshake(
+    store: Store, key: str, rank: int, size: int, facts: dict[str, Any], timeout: float | None = None
+) -> None:
     """Return on every rank when all `size` ranks state equal `facts`; raise on every rank otherwise.
 
     Rank 0 compares and publishes the verdict, so that the store serves O(size) requests.
@@ -81,8 +83,8 @@ def _read(store: Store, key: str, seconds: float, rank: int) -> str:
         store.wait([key], timedelta(seconds=seconds))
     except Exception as error:  # torch raises DistStoreError, RuntimeError or a C++ time-out, depending on the store
         raise MismatchError(
-            f"communication_compression: rank {rank} did not answer within {seconds:g} s. Either compression-plugins is not "
-            f"installed there, its DeepSpeed config has no such block, or it crashed: look at its log "
-            f"({TIMEOUT_VARIABLE} sets the time-out)"
+            f"communication_compression: rank {rank} did not answer within {seconds:g} s. Either "
+            "compression-plugins is not installed there, its DeepSpeed config has no such block, or it crashed: "
+            f"look at its log ({TIMEOUT_VARIABLE} sets the time-out)"
         ) from error
     return store.get(key).decode()

@@ -1,4 +1,4 @@
-"""The seams of DeepSpeed that the adapter relies on: where it reduces gradients, and which parameters are in the buffer.
+"""The seams of DeepSpeed that the adapter relies on: where it reduces gradients, and of which parameters.
 
 A *marker* is a pass-through wrapper on one instance method. While that method runs, a `Scope` says "the collective you
 are about to see is the reduction of these pieces of these parameters"; everything outside a scope stays exact.
@@ -57,7 +57,7 @@ class Scope:
 
     Attributes:
         layout: the pieces of all the buffers that will be reduced inside.
-        unit: multiplies a buffer's elements into this rank's own gradient (DeepSpeed may have divided by the world size).
+        unit: factor from a buffer to this rank's own gradient; DeepSpeed may have divided by the world size.
         taken: elements of the layout that collectives have consumed so far.
     """
 
@@ -136,7 +136,8 @@ def _flat_groups(session: Session) -> list[tuple[Tensor, tuple[Piece, ...]]]:
     """BF16_Optimizer: flat gradient buffer of each parameter group, and its pieces with the padding at the end."""
     optimizer = session.engine.optimizer
     found = []
-    for flat, group in zip(getattr(optimizer, "fp32_groups_gradients_flat", ()), getattr(optimizer, "bf16_groups", ())):
+    flats = getattr(optimizer, "fp32_groups_gradients_flat", ())
+    for flat, group in zip(flats, getattr(optimizer, "bf16_groups", ()), strict=True):
         pieces = [Piece(session.names[id(p)], 0, p.numel()) for p in group]
         padding = flat.numel() - sum(piece.numel for piece in pieces)
         found.append((flat, (*pieces, Piece(None, 0, padding)) if padding else tuple(pieces)))
@@ -147,7 +148,7 @@ def _flat_groups(session: Session) -> list[tuple[Tensor, tuple[Piece, ...]]]:
 
 
 def mark_zero(session: Session) -> None:
-    """DeepSpeedZeroOptimizer: gradients are copied into `ipg_buckets[dtype]`, reduced, and each rank keeps its slices."""
+    """DeepSpeedZeroOptimizer: gradients gather in `ipg_buckets[dtype]`, are reduced, and each rank keeps its slices."""
     optimizer = session.engine.optimizer
     layouts: dict[tuple[Any, ...], Layout] = {}
 
@@ -162,11 +163,13 @@ def mark_zero(session: Session) -> None:
             layout = layouts[key] = Layout(("zero", key), tuple(_cut(session, optimizer, bucket.params, spans)))
         return layout
 
-    def scatter(bucket: list[tuple[Any, ...]], communication_data_type: Any, *_: Any, **__: Any) -> tuple[Layout, float]:
+    def scatter(
+        bucket: list[tuple[Any, ...]], communication_data_type: Any, *_: Any, **__: Any
+    ) -> tuple[Layout, float]:
         ipg = optimizer.ipg_buckets[communication_data_type]
         locate = _locator(optimizer, ipg, communication_data_type)
         spans = tuple((locate(t), t.numel(), _owner(ranks)) for ranks, t, *_ in bucket)
-        if any(owner is None for _, _, owner in spans):  # Muon needs whole matrices on several ranks: everybody gets all
+        if any(owner is None for _, _, owner in spans):  # Muon needs whole matrices on several ranks: all get all
             spans = tuple((offset, numel, None) for offset, numel, _ in spans)
         return layout_of(ipg, spans), unit()
 
@@ -190,7 +193,7 @@ def mark_zero(session: Session) -> None:
 
 
 def _owner(ranks: Any) -> int | None:
-    """DeepSpeed names the ranks that keep a slice by an int, or by a frozenset that has one member unless Muon is used."""
+    """DeepSpeed names the ranks that keep a slice by an int, or by a frozenset, of one member unless Muon is used."""
     if isinstance(ranks, frozenset):
         return next(iter(ranks)) if len(ranks) == 1 else None
     return int(ranks)

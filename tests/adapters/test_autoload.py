@@ -19,10 +19,10 @@ import pytest
 from compression_plugins.adapters import autoload
 
 ADAPTER = """
-import fake_host.engine
+from fake_host import engine
 calls = []
 def install():
-    calls.append(fake_host.engine.VALUE)
+    calls.append(engine.VALUE)
 """
 
 

@@ -45,7 +45,7 @@ def test_signs_agree_with_reference(implementation, with_residual, dtype, stride
 
 @pytest.mark.parametrize("implementation", checks.FAST)
 @pytest.mark.parametrize("a, b", [(1, 1), (2, 1), (3, 1), (2, 2), (1, 7), (10**6, 1)])
-@pytest.mark.parametrize("numel", [0, 1, 33, 1025, 40_009])
+@pytest.mark.parametrize("numel", [0, 1, 33, 1025, 9001])
 def test_merge_agrees_with_reference(implementation, numel, a, b):
     checks.check_merge(implementation, numel, a, b)
 

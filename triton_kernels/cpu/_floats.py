@@ -1,4 +1,4 @@
-"""Conversions between fp32 and the short formats on arrays of bits, by integer arithmetic that LLVM vectorises anywhere.
+"""Conversions between fp32 and the short formats, by integer arithmetic that LLVM vectorises anywhere.
 
 All round to nearest even and agree with PyTorch's conversions, except that NaN has one canonical pattern.
 """

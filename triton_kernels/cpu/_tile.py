@@ -60,7 +60,7 @@ def load(x32, x16, kind, start, count, p):
 
 @njit(nogil=True, cache=True)
 def compensate(p, kept, r, start, count, alpha, decay):
-    """From x in ``p``: ``kept = decay * r + x`` and ``p = x + alpha * r``. The two may share one buffer if decay = alpha."""
+    """From x in ``p``: ``kept = decay * r + x`` and ``p = x + alpha * r``; one buffer for both if decay = alpha."""
     start, count = uintp(start), uintp(count)
     if alpha == decay:
         for i in range(count):

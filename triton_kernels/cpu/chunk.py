@@ -10,7 +10,9 @@ from ..checks import check_chunk, check_indices
 from ..layout import Memory, blocks, check_input
 
 GROUP = 8192  # elements; x, r and p of a group take 96 KiB
-MAGNITUDE = np.int32(0x7FFFFFFF)  # fp32 without its sign: as integers, magnitudes keep their order and NaN and Inf come last
+MAGNITUDE = np.int32(
+    0x7FFFFFFF
+)  # fp32 without its sign: as integers, magnitudes keep their order and NaN and Inf come last
 INFINITE = np.int32(0x7F800000)
 
 

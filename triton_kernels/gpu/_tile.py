@@ -18,7 +18,7 @@ ELEMENTS = 2048  # of a tile of short blocks
 
 
 class Geometry:
-    """How ``numel`` elements in blocks of ``block`` are cut into tiles of ``rows`` x ``columns``, ``tiles`` a block row."""
+    """How ``numel`` elements in blocks of ``block`` are cut: tiles of ``rows`` x ``columns``, ``tiles`` a block."""
 
     def __init__(self, numel: int, block: int):
         self.columns = min(triton.next_power_of_2(block), MAX_COLUMNS)
@@ -28,7 +28,7 @@ class Geometry:
         self.long = self.tiles > 1
 
     def launch(self, kernel, like: torch.Tensor, *arguments, **constants) -> None:
-        """Runs ``kernel(*arguments, tiles, ROWS=, COLUMNS=, **constants)``; without FMA, to keep the bits of the CPU."""
+        """Runs ``kernel(*arguments, tiles, ROWS=, COLUMNS=, **constants)``; no FMA, to keep the bits of the CPU."""
         if not self.programs:
             return
         warps = 8 if self.columns == MAX_COLUMNS else 4

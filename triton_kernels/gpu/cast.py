@@ -61,9 +61,7 @@ def _from_fp8(code):
 
 
 @triton.jit
-def _finish_half(
-    codes, index, inside, value, old, p, r, decay, sent, numel, BF16: tl.constexpr, HAS_R: tl.constexpr
-):
+def _finish_half(codes, index, inside, value, old, p, r, decay, sent, numel, BF16: tl.constexpr, HAS_R: tl.constexpr):
     code = _to_half(p, BF16)
     tl.store(codes + index, code, mask=index < (numel + 1) // 2 * 2)  # the padding is a masked lane: zero
     if HAS_R:

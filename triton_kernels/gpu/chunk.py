@@ -8,28 +8,24 @@ import triton.language as tl
 
 from ..checks import check_chunk, check_indices
 from ..layout import Memory, blocks, check_input
+from ._tile import compensate, factors, load_x, magnitude_bits, remember
 
 TILE = 4096  # elements a program holds in registers
 INFINITE = tl.constexpr(0x7F800000)  # fp32 +Inf; as integers, magnitudes keep their order and NaN comes after Inf
 
 
 @triton.jit
-def _load(x, r, element, mask, alpha, REMEMBERS: tl.constexpr):
-    """(x, r, p) in fp32; zeros where masked."""
-    g = tl.load(x + element, mask=mask, other=0.0).to(tl.float32)
-    if REMEMBERS:
-        residual = tl.load(r + element, mask=mask, other=0.0)
-        p = g + alpha * residual
-    else:
-        residual = g
-        p = g
-    return g, residual, p
+def _at(x, stride, r, alpha, element, real, HAS_R: tl.constexpr):
+    """``(x, r, p = x + alpha * r)`` in fp32; zeros where not real."""
+    value = load_x(x, stride, element, real)
+    old, p = compensate(value, r, alpha, element, real, HAS_R)
+    return value, old, p
 
 
 @triton.jit
 def _tile_kernel(
-    x, r, indices, values, numel, chunk, alpha, decay, sent,
-    REMEMBERS: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    x, stride, r, indices, values, numel, chunk, alpha, decay, sent,
+    HAS_R: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """ROWS whole chunks a program, each in one row of WIDTH >= chunk lanes."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -37,9 +33,8 @@ def _tile_kernel(
     element = row[:, None] * chunk + offset
     real = (offset < chunk) & (element < numel)
     exists = row * chunk < numel
-    g, residual, p = _load(x, r, element, real, alpha, REMEMBERS)
-    bits = p.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
+    value, old, p = _at(x, stride, r, alpha, element, real, HAS_R)
+    magnitude = magnitude_bits(p)
     top = tl.max(magnitude, axis=1)
     finite = top < INFINITE
     if GIVEN:
@@ -50,18 +45,17 @@ def _tile_kernel(
         index = tl.where(finite, index, 0)
         tl.store(indices + row, index, mask=exists)
     chosen = real & (offset == index[:, None])
-    value = tl.sum(tl.where(chosen, bits, 0), axis=1)  # a sum of bit patterns keeps -0.0
-    value = tl.where(finite, value, 0x7FC00000).to(tl.float32, bitcast=True)
-    tl.store(values + row, value, mask=exists)
-    if REMEMBERS:
-        updated = decay * residual + g - sent * tl.where(chosen, p, 0.0)
-        tl.store(r + element, updated, mask=real & finite[:, None])
+    picked = tl.sum(tl.where(chosen, p.to(tl.int32, bitcast=True), 0), axis=1)  # a sum of bit patterns keeps -0.0
+    picked = tl.where(finite, picked.to(tl.float32, bitcast=True), float("nan"))
+    tl.store(values + row, picked, mask=exists)
+    if HAS_R:
+        remember(r, element, real & finite[:, None], value, old, tl.where(chosen, p, 0.0), decay, sent)
 
 
 @triton.jit
 def _loop_kernel(
-    x, r, indices, values, numel, chunk, alpha, decay, sent,
-    REMEMBERS: tl.constexpr, GIVEN: tl.constexpr, WIDTH: tl.constexpr,
+    x, stride, r, indices, values, numel, chunk, alpha, decay, sent,
+    HAS_R: tl.constexpr, GIVEN: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One chunk a program, WIDTH lanes at a time: for chunks too long for registers, at the price of a second pass."""
     row = tl.program_id(0).to(tl.int64)
@@ -70,30 +64,35 @@ def _loop_kernel(
     lane = tl.arange(0, WIDTH)
     top = tl.full([WIDTH], -1, tl.int32)
     best = tl.zeros([WIDTH], tl.int32)
+    bits = tl.zeros([WIDTH], tl.int32)  # of p at best: a second load would race with the stores below
+    given = tl.load(indices + row) if GIVEN else 0
     for start in range(0, stop, WIDTH):
         offset = start + lane
-        g, residual, p = _load(x, r, base + offset, offset < stop, alpha, REMEMBERS)
-        magnitude = p.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        _, _, p = _at(x, stride, r, alpha, base + offset, offset < stop, HAS_R)
+        magnitude = magnitude_bits(p)
         larger = magnitude > top  # strictly, so that each lane keeps its lowest index
         top = tl.where(larger, magnitude, top)
-        best = tl.where(larger, offset, best)
+        wanted = (offset == given) & (offset < stop) if GIVEN else larger
+        best = tl.where(wanted, offset, best)
+        bits = tl.where(wanted, p.to(tl.int32, bitcast=True), bits)
     peak = tl.max(top, axis=0)
     finite = peak < INFINITE
     if GIVEN:
-        index = tl.load(indices + row)
+        index = given
+        value_bits = tl.sum(bits, axis=0)
     else:
-        index = tl.min(tl.where(top == peak, best, stop), axis=0)
-        index = tl.where(finite, index, 0)
+        first = tl.min(tl.where(top == peak, best, stop), axis=0)
+        value_bits = tl.sum(tl.where(best == first, bits, 0), axis=0)
+        index = tl.where(finite, first, 0)
         tl.store(indices + row, index)
-    g, residual, p = _load(x, r, base + index, (index >= 0) & (index < stop), alpha, REMEMBERS)
-    tl.store(values + row, tl.where(finite, p, float("nan")))
-    if REMEMBERS:
+    tl.store(values + row, tl.where(finite, value_bits.to(tl.float32, bitcast=True), float("nan")))
+    if HAS_R:
         if finite:
             for start in range(0, stop, WIDTH):
                 offset = start + lane
-                g, residual, p = _load(x, r, base + offset, offset < stop, alpha, REMEMBERS)
-                updated = decay * residual + g - sent * tl.where(offset == index, p, 0.0)
-                tl.store(r + base + offset, updated, mask=offset < stop)
+                value, old, p = _at(x, stride, r, alpha, base + offset, offset < stop, HAS_R)
+                q = tl.where(offset == index, p, 0.0)
+                remember(r, base + offset, offset < stop, value, old, q, decay, sent)
 
 
 def chunk_select(
@@ -132,14 +131,14 @@ def _launch(x: torch.Tensor, indices: torch.Tensor, chunk: int, memory: Memory, 
     values = torch.empty(chunks, dtype=torch.float32, device=x.device)
     if not chunks:
         return values
-    remembers = memory.residual is not None
-    x = x.detach().contiguous()
-    args = (x, memory.residual if remembers else x, indices, values, x.numel(), chunk, *memory[1:])
-    flags = dict(REMEMBERS=remembers, GIVEN=given, enable_fp_fusion=False)
-    if chunk > TILE:
-        _loop_kernel[(chunks,)](*args, WIDTH=TILE, num_warps=8, **flags)
-    else:
-        width = max(4, triton.next_power_of_2(chunk))
-        rows = TILE // width
-        _tile_kernel[(triton.cdiv(chunks, rows),)](*args, ROWS=rows, WIDTH=width, num_warps=8, **flags)
+    r, *numbers = factors(x, memory)
+    arguments = x.detach(), x.stride(0), r, indices, values, x.numel(), chunk, *numbers
+    flags = dict(HAS_R=memory.residual is not None, GIVEN=given, num_warps=8, enable_fp_fusion=False)
+    with torch.cuda.device_of(x):
+        if chunk > TILE:
+            _loop_kernel[(chunks,)](*arguments, WIDTH=TILE, **flags)
+        else:
+            width = max(4, triton.next_power_of_2(chunk))
+            rows = TILE // width
+            _tile_kernel[(triton.cdiv(chunks, rows),)](*arguments, ROWS=rows, WIDTH=width, **flags)
     return values

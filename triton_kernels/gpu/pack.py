@@ -21,7 +21,9 @@ def _pack(codes, stride, out, numel, count, WIDTH: tl.constexpr, BLOCK: tl.const
         shift = ((first + k) * WIDTH - 32 * w).to(tl.int32)
         code = tl.load(codes + (first + k) * stride, mask=(first + k < numel) & (shift < 32), other=0)
         code = (code & ((1 << WIDTH) - 1)).to(tl.uint32)
-        word |= tl.where(shift >= 0, code << tl.maximum(shift, 0).to(tl.uint32), code >> tl.maximum(-shift, 0).to(tl.uint32))
+        word |= tl.where(
+            shift >= 0, code << tl.maximum(shift, 0).to(tl.uint32), code >> tl.maximum(-shift, 0).to(tl.uint32)
+        )
     tl.store(out + w, word.to(tl.int32, bitcast=True), mask=w < count)
 
 
@@ -38,7 +40,7 @@ def _unpack(packed, out, numel, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr)
 def _launch(kernel, lanes, like, *arguments, width):
     if lanes:
         with torch.cuda.device_of(like):
-            kernel[(triton.cdiv(lanes, BLOCK),)](*arguments, WIDTH=width, BLOCK=BLOCK)
+            kernel[(triton.cdiv(lanes, BLOCK),)](*arguments, WIDTH=width, BLOCK=BLOCK, enable_fp_fusion=False)
 
 
 def pack_bits(codes, width):

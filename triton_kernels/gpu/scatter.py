@@ -25,7 +25,7 @@ def scatter_add(indices: torch.Tensor, values: torch.Tensor, out: torch.Tensor, 
     check_scatter(indices, values, out)
     count = indices.numel()
     if count:
-        grid = (triton.cdiv(count, BLOCK),)
-        indices, values = indices.contiguous(), values.detach().contiguous()
-        _scatter_kernel[grid](indices, values, out, count, out.numel(), weight, BLOCK=BLOCK, enable_fp_fusion=False)
+        arguments = indices.contiguous(), values.detach().contiguous(), out.detach(), count, out.numel(), float(weight)
+        with torch.cuda.device_of(out):
+            _scatter_kernel[(triton.cdiv(count, BLOCK),)](*arguments, BLOCK=BLOCK, enable_fp_fusion=False)
     return out

@@ -24,10 +24,11 @@ def uniform_encode(
     sent: float = 1.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Codes ``clip(floor(p * inv + u), -L, L)`` of ``p = x + alpha * residual``, L = 2**(bits-1) - 1, inv = L / scale (K1).
+    """Rounds ``p = x + alpha * residual`` to codes of a uniform grid in [-scale, scale] (K1).
 
-    ``u`` is uniform from Philox ("stochastic", unbiased up to fp32 rounding) or 1/2 ("nearest"). The scale of a block is
-    its largest magnitude or its Euclidean norm. Special blocks:
+    ``code = clip(floor(p * (L / scale) + u), -L, L)``, L = 2**(bits-1) - 1. ``u`` is uniform from Philox ("stochastic",
+    unbiased up to fp32 rounding) or 1/2 ("nearest"). The scale of a block is its largest magnitude or its Euclidean
+    norm. Special blocks:
 
     - p has NaN or Inf: scale NaN, codes 0, residual untouched;
     - all zero, or so small that L / scale overflows fp32 (scale below L * 2.9e-39): scale 0, codes 0, so that the

@@ -24,7 +24,7 @@ def deepspeed(
     environment: dict[str, str] | None = None,
     timeout: float = 280,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `scripts/<script>` in `folder` under the `deepspeed` launcher on CPU ranks; output and errors in `.stdout`."""
+    """Run `scripts/<script>` in `folder` under the `deepspeed` launcher, on CPU; output and errors in `.stdout`."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

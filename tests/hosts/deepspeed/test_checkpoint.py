@@ -24,7 +24,7 @@ def case(config: dict, **more) -> dict:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The uninterrupted runs, which save on the way; then, in new processes, their continuations; then one on one rank."""
+    """Uninterrupted runs, which save on the way; in new processes their continuations; and one on a single rank."""
     folder = tmp_path_factory.mktemp("checkpoint")
     whole = {name: case(config, save=name, save_step=SAVED) for name, config in CONFIGS.items()}
     resumed = {name: case(config, load=name) for name, config in CONFIGS.items()}

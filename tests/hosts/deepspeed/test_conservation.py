@@ -11,9 +11,15 @@ from .job import deepspeed
 BLOCKS = {
     "ef_signsgd": {"scheme": "ef_signsgd", "min_numel": 0},  # reduce-scatter form at stages 1 and 2
     "topk": {"scheme": "topk", "ratio": 20, "min_numel": 0},
-    "powersgd": {"scheme": "powersgd", "rank": 2, "min_numel": 0},  # memory of the aggregated update; needs whole matrices
+    "powersgd": {
+        "scheme": "powersgd",
+        "rank": 2,
+        "min_numel": 0,
+    },  # memory of the aggregated update; needs whole matrices
 }
-CASES = {f"{scheme} at stage {stage}": {"stage": stage, "block": b} for scheme, b in BLOCKS.items() for stage in (0, 1, 2)}
+CASES = {
+    f"{scheme} at stage {stage}": {"stage": stage, "block": b} for scheme, b in BLOCKS.items() for stage in (0, 1, 2)
+}
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from .job import run_cases
 
 BASE = {
@@ -49,7 +50,11 @@ SCHEMES = {
 
 
 def case(config: dict, block: dict | None = None, steps: int = 4, **more) -> dict:
-    return {"config": {**BASE, **config, **({"communication_compression": block} if block else {})}, "steps": steps, **more}
+    return {
+        "config": {**BASE, **config, **({"communication_compression": block} if block else {})},
+        "steps": steps,
+        **more,
+    }
 
 
 @pytest.fixture(scope="module")

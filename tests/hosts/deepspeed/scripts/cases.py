@@ -10,10 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
 import deepspeed
 import deepspeed.comm as dist
+import torch
 from deepspeed.accelerator import get_accelerator
 
 FOLDER = Path(sys.argv[1])

@@ -9,10 +9,9 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
 import deepspeed
 import deepspeed.comm as dist
+import torch
 
 FOLDER = Path(sys.argv[1])
 LEARNING_RATE, STEPS, ACCUMULATION = 0.05, 12, 2

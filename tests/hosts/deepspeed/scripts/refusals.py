@@ -6,10 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
 import deepspeed
 import deepspeed.comm as dist
+import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.layer import MoE
 from deepspeed.pipe import PipelineModule
@@ -41,7 +40,10 @@ def cases() -> dict[str, tuple[dict, torch.nn.Module | None]]:
         "typo": ({"communication_compression": {**TOPK, "ration": 3}}, None),
         "not a mapping": ({"communication_compression": "topk"}, None),
         "enabled": ({"communication_compression": {**TOPK, "enabled": "yes"}}, None),
-        "no rule matches": ({"communication_compression": {**TOPK, "rules": [{"match": "x*", "scheme": "none"}]}}, None),
+        "no rule matches": (
+            {"communication_compression": {**TOPK, "rules": [{"match": "x*", "scheme": "none"}]}},
+            None,
+        ),
         "another ratio": ({"communication_compression": {**TOPK, "ratio": 10 + rank}}, None),
         "another model": ({}, torch.nn.Linear(32, 32 + rank)),
     }

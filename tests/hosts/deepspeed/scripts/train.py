@@ -2,9 +2,8 @@
 
 import argparse
 
-import torch
-
 import deepspeed
+import torch
 
 
 def main():

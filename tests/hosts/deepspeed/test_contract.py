@@ -1,0 +1,151 @@
+"""Every seam of DeepSpeed that the adapter relies on. A failure names the version and what has changed."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+
+deepspeed = pytest.importorskip("deepspeed")
+
+from deepspeed.comm import comm  # noqa: E402
+from deepspeed.comm.torch import Noop, TorchBackend  # noqa: E402
+from deepspeed.runtime import utils  # noqa: E402
+from deepspeed.runtime.base_optimizer import ZeROOptimizer  # noqa: E402
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: E402
+from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
+from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer  # noqa: E402
+from deepspeed.runtime.tensor_parallel import init_utils  # noqa: E402
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, IPGBucket  # noqa: E402
+
+WHO = f"DeepSpeed {deepspeed.__version__} has changed a seam of compression_plugins.adapters.deepspeed: "
+
+#: Function -> its leading parameters, as the adapter passes or reads them.
+SIGNATURES = {
+    TorchBackend.all_reduce: "self tensor op group async_op",
+    TorchBackend.reduce: "self tensor dst op group async_op",
+    TorchBackend.all_gather_into_tensor: "self output_tensor input_tensor group async_op",
+    DeepSpeedEngine.allreduce_bucket: "self bucket dp_group dp_world_size",
+    DeepSpeedEngine._take_model_step: "self lr_kwargs",
+    DeepSpeedEngine._save_checkpoint: "self save_dir tag",
+    DeepSpeedEngine._load_checkpoint: "self load_dir tag",
+    DeepSpeedZeroOptimizer.allreduce_and_scatter: "self bucket communication_data_type",
+    DeepSpeedZeroOptimizer.allreduce_bucket: "self bucket communication_data_type rank",
+    DeepSpeedZeroOptimizer.gradient_reduction_w_predivide: "self tensor communication_data_type",
+    DeepSpeedConfig.__init__: "self config mpu mesh_device",
+    init_utils.load_ds_config: "config",
+}
+
+#: Function -> patterns that its source must contain: what happens inside a scope, and in which order.
+SOURCES = {
+    DeepSpeedEngine.allreduce_bucket: [
+        r"self\.flatten\(bucket\)",
+        r"mul_\(1\.0 / self\.gradient_predivide_factor\(\)\)\s+dist\.all_reduce\(tensor_to_allreduce, group=dp_group\)",
+        r"mul_\(1\. / dp_world_size\)\s+dist\.all_reduce\(tensor_to_allreduce, group=dp_group\)",
+    ],
+    DeepSpeedEngine.allreduce_no_retain: [r"self\.allreduce_and_copy\("],
+    DeepSpeedEngine.allreduce_and_copy: [r"self\.allreduce_bucket\("],
+    DeepSpeedEngine.save_checkpoint: [r"(?s)self\._save_checkpoint\(.*'latest'"],
+    DeepSpeedEngine.load_checkpoint: [
+        r"(?s)self\._load_checkpoint\(.*load_optimizer_states=load_optimizer_states.*load_module_only=load_module_only",
+    ],
+    DeepSpeedEngine.step: [r"self\._take_model_step\("],
+    DeepSpeedEngine._take_model_step: [r"self\.optimizer\.overflow"],
+    DeepSpeedZeroOptimizer.average_tensor: [
+        r"tensor\.div_\(dist\.get_world_size\(group=self\.dp_process_group\)",
+        r"(?s)self\.allreduce_and_scatter\(buckets\[bucket_key\].*divide=False",
+        r"buckets\[bucket_key\]\.append\(\(copy_ranks, grad_slice, grad_partition_output\)\)",
+        r"for i, param_idx_in_group, param_id in bucket\.params",
+    ],
+    DeepSpeedZeroOptimizer.allreduce_and_copy_with_multiple_ranks: [
+        r"self\.allreduce_bucket\(small_bucket",
+        r"(?s)if copy_to_local_rank:.*buf\.copy_\(synced\)",  # other ranks' slices may hold anything
+    ],
+    DeepSpeedZeroOptimizer.allreduce_bucket: [
+        r"self\.flatten\(bucket\)",
+        r"dist\.all_reduce\(tensor_to_allreduce, group=process_group\)",
+        r"dist\.reduce\(tensor_to_allreduce, global_rank, group=process_group\)",
+    ],
+    DeepSpeedZeroOptimizer.gradient_reduction_w_predivide: [r"dist\.all_reduce\(", r"self\.postscale_gradients"],
+    DeepSpeedZeroOptimizer.reduce_independent_p_g_buckets_and_remove_grads: [
+        r"bucket\.buffer\[bucket\.index\]\.narrow\(0, bucket\.elements, param\.numel\(\)\)",
+        r"bucket\.params\.append\(\(i, param\.param_idx_in_group, param_id\)\)",
+        r"self\.extra_large_param_to_reduce\[comm_dtype\] = param",
+    ],
+    BF16_Optimizer._setup_for_real_optimizer: [
+        r"self\.fp32_groups_gradients_flat\.append\(fp32_flat_buffer\)",
+        r"self\.bf16_groups\.append\(trainable_parameters\)",
+    ],
+    utils.all_gather_into_tensor_dp_groups: [
+        r"dist\.all_gather_into_tensor\(group_flat, partitioned_params\[partition_id\]"
+    ],
+    comm.all_reduce: [r"return cdb\.all_reduce\(tensor, op, group, async_op\)"],
+    comm.all_gather_into_tensor: [r"return cdb\.all_gather_into_tensor\("],
+}
+
+
+def unwrapped(function):
+    """The function as DeepSpeed wrote it, without its decorators and ours."""
+    function = inspect.unwrap(function)
+    inner = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)).get("func")
+    return unwrapped(inner.cell_contents) if inner else function
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda f: unwrapped(f).__qualname__)
+def test_a_seam_takes_the_parameters_that_the_adapter_reads(function):
+    original = unwrapped(function)
+    expected = SIGNATURES[function].split()
+    found = list(inspect.signature(original).parameters)[: len(expected)]
+    assert found == expected, f"{WHO}{original.__qualname__} takes {found}, expected {expected}"
+
+
+@pytest.mark.parametrize("function", SOURCES, ids=lambda f: unwrapped(f).__qualname__)
+def test_a_seam_does_what_the_adapter_assumes(function):
+    original = unwrapped(function)
+    source = inspect.getsource(original)
+    for pattern in SOURCES[function]:
+        assert re.search(pattern, source), f"{WHO}{original.__qualname__} no longer contains /{pattern}/"
+
+
+def test_collectives_go_through_the_module_global_backend():
+    assert hasattr(comm, "cdb"), f"{WHO}deepspeed.comm.comm.cdb is gone"
+    assert Noop().wait() is None, f"{WHO}Noop().wait() returns a value"
+
+
+def test_zero_buckets_have_the_fields_that_locate_a_slice():
+    fields = set(IPGBucket.__dataclass_fields__)
+    needed = {"buffer", "index", "params", "grads", "elements"}
+    assert needed <= fields, f"{WHO}IPGBucket lacks {needed - fields}"
+
+
+def test_the_loss_scale_is_readable():
+    assert isinstance(DeepSpeedZeroOptimizer.loss_scale, property), f"{WHO}the ZeRO optimizer has no loss_scale"
+    assert isinstance(FP16_UnfusedOptimizer.loss_scale, property), f"{WHO}FP16_UnfusedOptimizer has no loss_scale"
+    assert not hasattr(BF16_Optimizer, "loss_scale"), f"{WHO}BF16_Optimizer scales the loss now"
+
+
+def test_fp16_at_stage_0_is_still_refused_for_a_reason():
+    """When this fails, look whether the loss is scaled at stage 0 now, and drop the refusal."""
+    source = inspect.getsource(unwrapped(DeepSpeedEngine.backward))
+    scaled = re.search(r"isinstance\(self\.optimizer, ZeROOptimizer\):\s+loss = ", source)
+    assert scaled, f"{WHO}engine.backward scales the loss in another way"
+    assert not issubclass(FP16_UnfusedOptimizer, ZeROOptimizer), f"{WHO}fp16 at stage 0 has a scaled loss now"
+
+
+def test_the_config_keeps_its_document_and_the_fields_that_decide_a_refusal():
+    config = DeepSpeedConfig({"train_batch_size": 1})
+    for field in ("_param_dict", "zero_config", "compile_config", "communication_data_type", "grad_accum_dtype"):
+        assert hasattr(config, field), f"{WHO}DeepSpeedConfig.{field} is gone"
+    for field in ("stage", "zenflow", "zero_quantized_gradients", "offload_optimizer"):
+        assert hasattr(config.zero_config, field), f"{WHO}zero_optimization.{field} is gone"
+    assert config.compile_config.deepcompile is False, f"{WHO}compile.deepcompile is gone"
+
+
+def test_a_host_without_a_seam_is_refused_by_name_and_version():
+    from compression_plugins.adapters.deepspeed_seams import check
+    from compression_plugins.errors import UnsupportedError
+
+    with pytest.raises(UnsupportedError, match=r"DeepSpeed 9\.9\.9 has no object\.allreduce_bucket"):
+        check(object(), ["allreduce_bucket"], "9.9.9")
