@@ -15,16 +15,10 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     kernels = commands.add_parser("kernels", help="time of every kernel against the bytes it must move")
     kernels.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    kernels.add_argument(
-        "--numel", type=int, help="elements; default 6,553,600 (a 25 MiB bucket) on cpu, 2**26 on cuda"
-    )
+    kernels.add_argument("--numel", type=int, help="default: 6,553,600 (a 25 MiB bucket) on cpu, 2**26 on cuda")
     kernels.add_argument("--repeats", type=int, default=9, help="runs after warm-up, of which the median counts")
-    kernels.add_argument(
-        "--only", action="append", default=[], metavar="PATTERN", help="kernels to run, for example 'sign_*'"
-    )
-    kernels.add_argument(
-        "--no-compile", action="store_true", help="leave out torch.compile, which takes most of the time"
-    )
+    kernels.add_argument("--only", action="append", default=[], metavar="PATTERN", help="kernels, for example 'sign_*'")
+    kernels.add_argument("--no-compile", action="store_true", help="leave out torch.compile (most of the time)")
     kernels.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object a row")
     kernels.set_defaults(run=_kernels)
     return top

@@ -8,6 +8,7 @@ PyTorch (the reference of the tests), under ``torch.compile``, and the packing a
 
 from __future__ import annotations
 
+import collections
 import fnmatch
 import importlib
 import importlib.util
@@ -81,8 +82,9 @@ def cases(numel: int, device: torch.device) -> Iterator[Case]:
 
 def _decoders(x: torch.Tensor, param: torch.Tensor, key: K.Key) -> Iterator[Case]:
     numel, dense = x.numel(), x.nbytes
+    into = {"out": torch.empty_like(x)}
     sign = K.sign_encode(x, BLOCK)
-    yield Case("sign_decode", f"block {BLOCK}", dense + sign.nbytes, (sign, numel, BLOCK))
+    yield Case("sign_decode", f"block {BLOCK}", dense + sign.nbytes, (sign, numel, BLOCK), into)
     yield Case("sign_reduce", f"{RANKS} ranks", (RANKS + 1) * sign.nbytes, (sign.repeat(RANKS, 1), numel, BLOCK))
     yield Case("sign_apply", "SGD", 2 * dense + sign.nbytes, (sign, param, BLOCK, 1e-3))
     bits = K.sign_bits(x)
@@ -90,19 +92,15 @@ def _decoders(x: torch.Tensor, param: torch.Tensor, key: K.Key) -> Iterator[Case
     yield Case("bit_merge", "3 ranks and 1", 3 * bits.nbytes, (bits, bits.flip(0).contiguous(), 3, 1, key))
     for width in (2, 4, 8):
         payload = K.uniform_encode(x, width, BLOCK, key)
-        yield Case("uniform_decode", f"{width} bit", dense + payload.nbytes, (payload, numel, width, BLOCK))
-    payloads = payload.repeat(RANKS, 1)
-    yield Case(
-        "uniform_reduce", f"8 bit, {RANKS} ranks", (RANKS + 1) * payload.nbytes, (payloads, numel, 8, BLOCK, key)
-    )
-    yield Case("uniform_apply", "8 bit, SGD", 2 * dense + payload.nbytes, (payload, param, 8, BLOCK, 1e-3))
+        yield Case("uniform_decode", f"{width} bit", dense + payload.nbytes, (payload, numel, width, BLOCK), into)
+    arguments = payload.repeat(RANKS, 1), numel, width, BLOCK, key
+    yield Case("uniform_reduce", f"{width} bit, {RANKS} ranks", (RANKS + 1) * payload.nbytes, arguments)
+    yield Case("uniform_apply", f"{width} bit, SGD", 2 * dense + payload.nbytes, (payload, param, width, BLOCK, 1e-3))
     for kind in ("bf16", "fp8"):
         payload = K.cast_encode(x, kind, BLOCK)
-        payloads = payload.repeat(RANKS, 1)
-        yield Case("cast_decode", kind, dense + payload.nbytes, (payload, numel, kind, BLOCK))
-        yield Case(
-            "cast_reduce", f"{kind}, {RANKS} ranks", (RANKS + 1) * payload.nbytes, (payloads, numel, kind, BLOCK)
-        )
+        yield Case("cast_decode", kind, dense + payload.nbytes, (payload, numel, kind, BLOCK), into)
+        arguments = payload.repeat(RANKS, 1), numel, kind, BLOCK
+        yield Case("cast_reduce", f"{kind}, {RANKS} ranks", (RANKS + 1) * payload.nbytes, arguments)
     codes = torch.arange(numel, dtype=torch.int32, device=x.device) % CHUNK
     packed = K.pack_bits(codes, WIDTH)
     yield Case("pack_bits", f"{WIDTH} bit", codes.nbytes + packed.nbytes, (codes, WIDTH))
@@ -208,35 +206,25 @@ def _matching(patterns: Sequence[str]) -> set[str]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Aligned plain text: the machine, one line a kernel, then why comparisons are missing."""
-    first = rows[0]
+    about, rate = rows[0], statistics.median(row["copy_bytes_per_s"] for row in rows)
+    versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "triton", "numba"))
+    threads = ", one thread" if about["device"] == "cpu" else ""
+    cells = [("kernel", "setting", "B/elt", "ms", "x bound", "eager ms", "compiled ms", "packbits ms")]
+    for row in rows:
+        numbers = (_number(row[name]) for name in ("ms", "ratio", "eager_ms", "compiled_ms", "packbits_ms"))
+        cells.append((row["kernel"], row["setting"], f"{row['bytes'] / row['numel']:.3f}", *numbers))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
-        f"{first['machine']}, {first['date']}, torch {first['torch']}, triton {first['triton']}, numba {first['numba']}",
-        f"{first['numel']:,} fp32 elements, copy {statistics.median(row['copy_bytes_per_s'] for row in rows) / 1e9:.1f} GB/s"
-        + (", one thread" if first["device"] == "cpu" else ""),
+        f"{about['machine']}, {about['date']}, {versions}",
+        f"{about['numel']:,} fp32 elements, copy {rate / 1e9:.1f} GB/s{threads}",
         "",
     ]
-    header = ("kernel", "setting", "B/elt", "ms", "x bound", "eager ms", "compiled ms", "packbits ms")
-    cells = [header]
-    for row in rows:
-        cells.append((
-            row["kernel"],
-            row["setting"],
-            f"{row['bytes'] / row['numel']:.3f}",
-            *(_number(row[name]) for name in ("ms", "ratio", "eager_ms", "compiled_ms", "packbits_ms")),
-        ))  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for cell in cells:
-        text = (
-            value.ljust(width) if i < 2 else value.rjust(width)
-            for i, (value, width) in enumerate(zip(cell, widths, strict=True))
-        )
-        lines.append("  ".join(text).rstrip())
-    reasons: dict[str, list[str]] = {}
-    for row in rows:
-        if row["compiled_skipped"]:
-            reasons.setdefault(row["compiled_skipped"], []).append(row["kernel"])
-    lines += [f"\nnot compiled ({len(names)} rows): {reason}" for reason, names in reasons.items()]
-    return "\n".join(lines)
+    for words, numbers in ((cell[:2], cell[2:]) for cell in cells):
+        left = [text.ljust(width) for text, width in zip(words, widths[:2], strict=True)]
+        right = [text.rjust(width) for text, width in zip(numbers, widths[2:], strict=True)]
+        lines.append("  ".join(left + right))
+    reasons = collections.Counter(row["compiled_skipped"] for row in rows if row["compiled_skipped"])
+    return "\n".join(lines + [f"\nnot compiled ({count} rows): {reason}" for reason, count in reasons.items()])
 
 
 def _number(value: float | None) -> str:

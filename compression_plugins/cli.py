@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import yaml
 
 from . import __version__, registry
-from .config import Config
+from .config import Config, parse_assignments
 from .errors import CompressionError
 from .schemes.base import Segment
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(
                 yaml.safe_dump(
-                    Config.load(options.config, parse_overrides(options.overrides)).to_dict(), sort_keys=False
+                    Config.load(options.config, parse_assignments(options.overrides)).to_dict(), sort_keys=False
                 ),
                 end="",
             )
@@ -48,20 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"compression-plugins: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def parse_overrides(pairs: Sequence[str]) -> dict[str, object]:
-    """`["ratio=100"]` -> `{"ratio": 100}`; values are read as YAML."""
-    overrides: dict[str, object] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise CompressionError(f"{pair!r} is not KEY=VALUE, for example ratio=100")
-        try:
-            overrides[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise CompressionError(f"{pair!r}: the value is not plain YAML") from None
-    return overrides
 
 
 def schemes_text() -> str:

@@ -163,6 +163,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--deepspeed", nargs="*", metavar="SCHEME", help="schemes to run under DeepSpeed")
     parser.add_argument("--ranks", type=int, help="number of ranks (default 2)")
     parser.add_argument("--steps", type=int, help="training steps a run")
+    parser.add_argument("--publish", action="store_true", help="also write docs/demo.* and the README's table")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the report (default out/demo)")
     return parser.parse_args(argv)
 
@@ -196,6 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     saved = {**report.__dict__, "results": [r.to_dict() for r in results]}
     (args.out / "results.json").write_text(json.dumps(saved, indent=1))
     report.write(args.out)
+    if args.publish:
+        report.publish(ROOT)
     console.print(f"\n{report.text()}\n\n{report.machine}\n", markup=False, soft_wrap=True, highlight=False)
     console.print(f"{args.out}/demo.html  demo.png  demo.md  results.json", markup=False, highlight=False)
     return 0

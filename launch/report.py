@@ -30,6 +30,8 @@ HEADERS = (
     "ratio",
 )
 
+README_BEGIN, README_END = "<!-- demo:begin -->", "<!-- demo:end -->"
+
 NOTES = (
     "Time is training time: evaluations are not in it. Time to target: until two evaluations in a row reach it.",
     "ms a step: median. Exposed communication: that median less the median of the same step without any "
@@ -190,6 +192,20 @@ class Report:
         self.figure().savefig(folder / "demo.png", dpi=130)
         (folder / "demo.html").write_text(self.page(), encoding="utf-8")
         (folder / "demo.md").write_text(self.markdown(), encoding="utf-8")
+
+    def publish(self, root: Path) -> None:
+        """Puts the picture and the page into `root`/docs and the table into `root`/README.md, between its marks."""
+        folder = root / "docs"
+        self.figure().savefig(folder / "demo.png", dpi=130)
+        text = "# The demonstration\n\nWritten by `python -m launch.demo --publish`.\n\n![curves](demo.png)\n\n"
+        (folder / "demo.md").write_text(text + self.markdown(), encoding="utf-8")
+        readme = root / "README.md"
+        before, rest = readme.read_text(encoding="utf-8").split(README_BEGIN)
+        after = rest.split(README_END)[1]
+        table = "\n".join(line for line in self.markdown().splitlines() if line.startswith("|"))
+        caption = f"{self.job}; {self.network}. Machine, date and what the columns mean: [docs/demo.md](docs/demo.md)."
+        body = f"{before}{README_BEGIN}\n{table}\n\n{caption}\n{README_END}{after}"
+        readme.write_text(body, encoding="utf-8")
 
 
 _PAGE = """<!doctype html>

@@ -11,8 +11,9 @@ from compression_plugins import bench, bench_kernels
 from compression_plugins.triton_kernels import dispatch
 
 COLUMNS = {
-    "machine", "device", "date", "torch", "triton", "numba", "numpy", "numel", "kernel", "setting", "implementation",
-    "bytes", "copy_bytes_per_s", "ms", "bound_ms", "ratio", "eager_ms", "compiled_ms", "compiled_skipped", "packbits_ms",
+    "machine", "device", "date", "torch", "triton", "numba", "numpy", "numel", "kernel", "setting",
+    "implementation", "bytes", "copy_bytes_per_s", "ms",
+    "bound_ms", "ratio", "eager_ms", "compiled_ms", "compiled_skipped", "packbits_ms",
 }  # fmt: skip
 
 

@@ -19,7 +19,8 @@ def check_indices(indices: torch.Tensor, chunks: int, like: torch.Tensor) -> Non
     """One int32 offset a chunk, on the device of ``like``."""
     if indices.dtype != torch.int32 or indices.shape != (chunks,):
         raise CompressionError(
-            f"indices must be int32 of shape ({chunks},), one a chunk, got {indices.dtype} of shape {tuple(indices.shape)}"
+            f"indices must be int32 of shape ({chunks},), one a chunk, "
+            f"got {indices.dtype} of shape {tuple(indices.shape)}"
         )
     if indices.device != like.device:
         raise CompressionError(f"indices are on {indices.device}, the input on {like.device}")
@@ -65,7 +66,7 @@ def keep_left_below(a: int, b: int) -> int:
 
 
 def draws_of(rank: int, size: int) -> tuple[int, int]:
-    """The half-open interval of draws ``h`` with ``(h * size) >> 16 == rank``; the intervals of all ranks tile [0, 65536)."""
+    """The half-open interval of draws ``h`` with ``(h * size) >> 16 == rank``; those of all ranks tile [0, 65536)."""
     if not 1 <= size <= DRAWS or not 0 <= rank < size:
         raise CompressionError(f"rank must be in [0, size) and size in [1, {DRAWS}], got rank={rank} and size={size}")
     return -(-rank * DRAWS // size), -(-(rank + 1) * DRAWS // size)

@@ -13,7 +13,7 @@ import yaml
 
 from compression_plugins import config as config_module
 from compression_plugins import registry
-from compression_plugins.config import Config, Settings
+from compression_plugins.config import Config, Settings, parse_assignments
 from compression_plugins.errors import ConfigError
 
 CONFIGS = Path(config_module.__file__).parent / "configs"
@@ -56,8 +56,8 @@ def test_a_mistake_is_one_line_that_names_the_nearest_valid_choice(document: dic
         (b"scheme: \xff\xfe", "is not UTF-8 text"),
         (b"scheme: [", "is not plain YAML"),
         (b"!!python/object/apply:os.system ['true']", "is not plain YAML: could not determine a constructor"),
-        (b"- scalecom", "must hold a mapping with a key 'scheme', not list"),
-        (b"", "must hold a mapping with a key 'scheme', not NoneType"),
+        (b"- scalecom", "must hold a mapping, not list"),
+        (b"", "must hold a mapping, not NoneType"),
     ],
 )
 def test_an_unreadable_file_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
@@ -128,3 +128,14 @@ def test_environment_carries_a_configuration(monkeypatch: pytest.MonkeyPatch) ->
 def test_reading_a_configuration_does_not_import_torch() -> None:
     code = "import sys, compression_plugins.config as c; c.Config.load('scalecom'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_numbers_are_read_as_in_json() -> None:
+    assert parse_assignments(["eta_s=1e-3", "ratio=100", "exempt=['*.bias']"]) == {
+        "eta_s": 1e-3,
+        "ratio": 100,
+        "exempt": ["*.bias"],
+    }
+    for bad in ("ratio", "=3", "ratio=[", "x=!!python/object/apply:os.getcwd []"):
+        with pytest.raises(ConfigError, match="KEY=VALUE|is not a YAML value"):
+            parse_assignments([bad])

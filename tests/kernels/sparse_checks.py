@@ -28,7 +28,7 @@ def device_of(implementation: str) -> str:
 
 
 def vector(numel: int, dtype: torch.dtype = torch.float32, stride: int = 1, seed: int = 0) -> torch.Tensor:
-    """Gaussian on a coarse grid, so that ties, zeros and negative zeros occur; every ``stride``-th element of a buffer."""
+    """Gaussian on a coarse grid, so that ties, zeros and negative zeros occur; ``stride`` apart in its buffer."""
     generator = torch.Generator().manual_seed(seed)
     buffer = torch.randn(numel * stride, generator=generator).mul_(8).round_().div_(4)
     return buffer.to(dtype)[::stride]
@@ -50,7 +50,7 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def both(family: str, function: str, implementation: str, tensors: tuple, *args, residual=None, **kwargs) -> None:
-    """Runs ``function(*tensors, *args, residual=, **kwargs)`` in both implementations: results and residuals are equal."""
+    """Runs ``function`` in both implementations: results and residuals are equal."""
     device = device_of(implementation)
     ours, theirs = (None if residual is None else residual.clone() for _ in range(2))
     ours = None if ours is None else ours.to(device)

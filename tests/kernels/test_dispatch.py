@@ -69,7 +69,7 @@ def test_every_function_has_three_implementations_with_one_signature(name):
 
 
 def test_the_table_is_the_public_interface():
-    assert set(K.__all__) == {*dispatch.FAMILY_OF, "Key", "layout"}
+    assert set(K.__all__) == {*dispatch.FAMILY_OF, "Key", "layout", "uniform16"}
     with pytest.raises(AttributeError, match="no attribute 'sign_encoded'"):
         K.sign_encoded  # noqa: B018
 

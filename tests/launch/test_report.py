@@ -140,3 +140,15 @@ def test_write_makes_a_picture_a_page_and_a_table(tmp_path: Path) -> None:
 def test_machine_names_processor_versions_and_date() -> None:
     text = str(Machine.here())
     assert "torch" in text and re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", text) and "cores" in text
+
+
+def test_publish_replaces_what_stands_between_the_marks_only(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- demo:begin -->\nold\n<!-- demo:end -->\nafter\n")
+    for _ in range(2):
+        report().publish(tmp_path)
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- demo:begin -->\n| host |") and text.endswith("<!-- demo:end -->\nafter\n")
+    assert "old" not in text and text.count("| horovod | none |") == 1
+    assert "| horovod | none |" in (tmp_path / "docs/demo.md").read_text()

@@ -133,7 +133,7 @@ def _launch(x: torch.Tensor, indices: torch.Tensor, chunk: int, memory: Memory, 
         return values
     r, *numbers = factors(x, memory)
     arguments = x.detach(), x.stride(0), r, indices, values, x.numel(), chunk, *numbers
-    flags = dict(HAS_R=memory.residual is not None, GIVEN=given, num_warps=8, enable_fp_fusion=False)
+    flags = {"HAS_R": memory.residual is not None, "GIVEN": given, "num_warps": 8, "enable_fp_fusion": False}
     with torch.cuda.device_of(x):
         if chunk > TILE:
             _loop_kernel[(chunks,)](*arguments, WIDTH=TILE, **flags)

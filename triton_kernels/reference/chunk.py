@@ -1,8 +1,8 @@
 """Chunk-wise arg-max with error-feedback memory, in plain PyTorch (K4).
 
-The vector is cut into chunks of ``chunk`` elements, the last one possibly short, and one element of each is sent: on the
-leader the largest in magnitude (``chunk_select``), elsewhere the one that the leader names (``chunk_gather``). Local
-indices cost ceil(log2 chunk) bits, need no sort, and make the whole step one pass over memory.
+The vector is cut into chunks of ``chunk`` elements, the last one possibly short, and one element of each is sent: on
+the leader the largest in magnitude (``chunk_select``), elsewhere the one that the leader names (``chunk_gather``).
+Local indices cost ceil(log2 chunk) bits, need no sort, and make the whole step one pass over memory.
 
 Chen et al., "ScaleCom: Scalable sparsified gradient compression for communication-efficient distributed training",
 NeurIPS 2020.

@@ -1,9 +1,9 @@
 """One-bit payloads that merge without growing, in plain PyTorch (K6): Marsit's operator and its all-reduce form.
 
-Marsit draws, for every coordinate, one rank uniformly and takes the sign of that rank's element, so that the mean of the
-decoded vector is the mean of the signs. On a ring each hop merges the aggregate of ``a`` ranks with that of ``b`` ranks
-(``bit_merge``). With a Philox key that all ranks share, the drawn rank is known everywhere and a plain SUM of words does
-the same (``one_hot_signs``): exactly one rank contributes to each bit, hence there is no carry.
+Marsit draws, for every coordinate, one rank uniformly and takes the sign of that rank's element, so that the mean of
+the decoded vector is the mean of the signs. On a ring each hop merges the aggregate of ``a`` ranks with that of ``b``
+ranks (``bit_merge``). With a Philox key that all ranks share, the drawn rank is known everywhere and a plain SUM of
+words does the same (``one_hot_signs``): exactly one rank contributes to each bit, hence there is no carry.
 
 Bits are packed LSB first into 4 * ceil(n / 32) bytes, 1 for p >= 0, zeros beyond n. A NaN counts as bit 0 (NaN >= 0 is
 false); a caller that must tell it apart raises a flag of its own before it encodes.
@@ -46,8 +46,8 @@ def one_hot_signs(
 ) -> torch.Tensor:
     """Signs of ``p = x + r`` at the coordinates that ``key`` gives to ``rank``, 0 at all others; r <- p.
 
-    With the same key on all ranks, rank ``(h_j * size) >> 16`` owns coordinate j, so the bitwise OR of the ``size`` results,
-    which is also their sum as integer words, holds the sign of one uniformly drawn rank for each coordinate.
+    With the same key on all ranks, rank ``(h_j * size) >> 16`` owns coordinate j, so the bitwise OR of the ``size``
+    results, which is also their sum as integer words, holds the sign of one uniformly drawn rank for each coordinate.
     ``signs_expand`` closes the memory that this opens.
 
     Args:

@@ -11,8 +11,8 @@ def scatter_add(indices: torch.Tensor, values: torch.Tensor, out: torch.Tensor, 
     """``out[indices] += weight * values``, in place.
 
     Indices are unique within a call, so that no order of summation exists and the result is the same bits everywhere.
-    On the CPU an index outside ``[0, out.numel())`` is an error and nothing is written; a GPU skips it, since telling the
-    host would cost a synchronisation.
+    On the CPU an index outside ``[0, out.numel())`` is an error and nothing is written; the GPU kernel skips it, since
+    telling the host would cost a synchronisation.
 
     Args:
         indices: int32 or int64 [k].

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ def check(function: Callable[[], Any]) -> Callable[[], Any]:
         results[function.__name__] = function()
     except Exception as error:
         results[function.__name__] = f"{type(error).__name__}: {error}"
+        traceback.print_exc()  # for whoever reads the output of a job that failed
     return function
 
 

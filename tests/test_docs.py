@@ -1,0 +1,153 @@
+"""What the documents tell a reader to type works: every command is run here, or names where it is run."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from compression_plugins import cli
+from compression_plugins.adapters.deepspeed import parse
+from compression_plugins.config import Config
+from launch.report import README_BEGIN, README_END
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+
+# Commands that set a machine up or run everything. Value: a file that runs the command, and the text that does.
+RUN_ELSEWHERE = {
+    "make test": (".ci/run", "make test"),
+    "make demo": ("Makefile", "-m launch.demo"),
+    "make lint": ("Makefile", "test: lint"),
+    "make clean": ("Makefile", "clean:"),
+    "pip install .": ("tests/test_packaging.py", "build_wheel"),
+    'pip install ".[deepspeed]"': ("launch/bootstrap.py", "deepspeed"),
+    "python -m compression_plugins.install_horovod": ("launch/bootstrap.py", "install_horovod"),
+}
+QUICK = ("compression-plugins schemes", "compression-plugins show", "python -m launch")
+JOBS = ("horovodrun ", "deepspeed ", "compression-plugins horovodrun ")
+
+
+def blocks(*languages: str) -> list[tuple[str, str]]:
+    """(page, text) of every fenced block in one of `languages`."""
+    found = []
+    for page in PAGES:
+        for indent, language, text in FENCE.findall(page.read_text(encoding="utf-8")):
+            if language in languages:
+                found.append((page.name, re.sub(f"^{indent}", "", text, flags=re.MULTILINE)))
+    return found
+
+
+def commands() -> list[str]:
+    """Every distinct command line of every bash block, without its comment."""
+    lines = [line.split(" #")[0].strip() for _, text in blocks("bash") for line in text.splitlines()]
+    return sorted({line for line in lines if line and not line.startswith("#")})
+
+
+def only(prefixes: tuple[str, ...]) -> list[str]:
+    return [line for line in commands() if line.startswith(prefixes)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reader's working folder: the files that the commands name, taken from the pages, and two short scripts."""
+    place = tmp_path_factory.mktemp("reader")
+    short = "import sys\nsys.argv += ['--steps', '3', '--width', '64', '--record', 'record']\n"
+    (place / "train.py").write_text(f"{short}from launch.train import main\nmain()\n")
+    (place / "train_deepspeed.py").write_text(f"{short}from launch.train_deepspeed import main\nmain()\n")
+    (place / "scalecom.yaml").write_text((ROOT / "configs/scalecom.yaml").read_text())
+    documents = {
+        "job.yaml": next(text for page, text in blocks("yaml") if page == "horovod.md" and "compression:" in text),
+        "ds_config.yaml": next(text for page, text in blocks("yaml") if page == "deepspeed.md"),
+        "ds_config.json": next(text for page, text in blocks("json") if page == "deepspeed.md"),
+    }
+    for name, text in documents.items():
+        (place / name).write_text(text)
+    return place
+
+
+def run(command: str, folder: Path) -> str:
+    """Run a command as a reader would, with this interpreter's scripts first on the path."""
+    scripts = Path(sys.executable).parent
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    env |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(shlex.split(command), cwd=folder, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout + done.stderr
+
+
+def test_every_command_of_the_pages_is_run_somewhere() -> None:
+    assert len(commands()) > 10
+    run_here = {*only(QUICK), *only(JOBS)}
+    assert [line for line in commands() if line not in RUN_ELSEWHERE and line not in run_here] == []
+
+
+@pytest.mark.parametrize("command", [line for line in commands() if line in RUN_ELSEWHERE])
+def test_a_command_that_is_run_elsewhere_is_really_run_there(command: str) -> None:
+    file, text = RUN_ELSEWHERE[command]
+    assert text in (ROOT / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", only(QUICK))
+def test_a_quick_command_works(command: str, folder: Path) -> None:
+    assert run(command, folder)
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("command", only(JOBS))
+def test_a_job_of_the_pages_trains_compressed(command: str, folder: Path) -> None:
+    pytest.importorskip("deepspeed" if command.startswith("deepspeed") else "horovod.torch")
+    text = run(command, folder)
+    assert "5 tensors" not in text and "6 tensors" in text, f"no table of a compressed job in\n{text[-3000:]}"
+    records = [json.loads(line) for line in (folder / "record/rank1.jsonl").read_text().splitlines()]
+    assert records[-1]["kind"] == "end"
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("yaml", "json"))
+def test_every_config_on_the_pages_is_valid(
+    page: str, text: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    document = yaml.safe_load(text)
+    if "communication_compression" in document:
+        assert parse(document["communication_compression"]) is not None
+    else:
+        Config.load(document.get("compression", document))
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("python"))
+def test_every_python_example_parses(page: str, text: str) -> None:
+    ast.parse(text)
+
+
+def test_the_table_of_schemes_is_up_to_date() -> None:
+    page = (ROOT / "docs/schemes.md").read_text(encoding="utf-8")
+    assert cli.schemes_markdown() in page, (
+        "run: compression-plugins schemes --markdown, and put it into docs/schemes.md"
+    )
+
+
+def test_readme_shows_the_table_of_the_committed_demonstration() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = readme.split(README_BEGIN)[1].split(README_END)[0]
+    rows = [line for line in shown.splitlines() if line.startswith("|")]
+    assert len(rows) > 3
+    demo = (ROOT / "docs/demo.md").read_text(encoding="utf-8")
+    assert [row for row in rows if row not in demo] == []
+    assert (ROOT / "docs/demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_the_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
