@@ -52,7 +52,8 @@ def cases(numel: int, device: torch.device) -> Iterator[Case]:
     """Every kernel of every family on vectors of ``numel`` fp32 elements."""
     x = torch.randn(numel, generator=torch.Generator().manual_seed(0)).to(device)
     state = torch.zeros_like(x)
-    memory, none = {"residual": state}, {}
+    none: dict[str, Any] = {}
+    memory = {"residual": state}
     key = K.Key(seed=0, tensor=0, step=0, rank=0)
     dense = x.nbytes
     for kwargs, label in ((none, ""), (memory, ", memory")):
@@ -72,11 +73,11 @@ def cases(numel: int, device: torch.device) -> Iterator[Case]:
         sparse = indices.nbytes + values.nbytes
         yield Case("chunk_select", f"chunk {CHUNK}{label}", moved + sparse, (x, CHUNK), kwargs)
         yield Case("chunk_gather", f"chunk {CHUNK}{label}", moved + sparse, (x, indices, CHUNK), kwargs)
-        bits = K.sign_bits(x)
-        yield Case("sign_bits", f"bare{label}", moved + bits.nbytes, (x,), kwargs, pack)
-        yield Case("one_hot_signs", f"{RANKS} ranks{label}", moved + bits.nbytes, (x, 1, RANKS, key), kwargs)
-        unpack = None if kwargs else _unpack_signs(bits)
-        yield Case("signs_expand", f"bare{label}", moved + bits.nbytes, (bits, numel, 1e-3), kwargs, unpack)
+        signs = K.sign_bits(x)
+        yield Case("sign_bits", f"bare{label}", moved + signs.nbytes, (x,), kwargs, pack)
+        yield Case("one_hot_signs", f"{RANKS} ranks{label}", moved + signs.nbytes, (x, 1, RANKS, key), kwargs)
+        unpack = None if kwargs else _unpack_signs(signs)
+        yield Case("signs_expand", f"bare{label}", moved + signs.nbytes, (signs, numel, 1e-3), kwargs, unpack)
     yield from _decoders(x, state, key)
 
 
@@ -93,7 +94,7 @@ def _decoders(x: torch.Tensor, param: torch.Tensor, key: K.Key) -> Iterator[Case
     for width in (2, 4, 8):
         payload = K.uniform_encode(x, width, BLOCK, key)
         yield Case("uniform_decode", f"{width} bit", dense + payload.nbytes, (payload, numel, width, BLOCK), into)
-    arguments = payload.repeat(RANKS, 1), numel, width, BLOCK, key
+    arguments: tuple = (payload.repeat(RANKS, 1), numel, width, BLOCK, key)
     yield Case("uniform_reduce", f"{width} bit, {RANKS} ranks", (RANKS + 1) * payload.nbytes, arguments)
     yield Case("uniform_apply", f"{width} bit, SGD", 2 * dense + payload.nbytes, (payload, param, width, BLOCK, 1e-3))
     for kind in ("bf16", "fp8"):
@@ -127,7 +128,7 @@ def _unpack_signs(bits: torch.Tensor) -> Callable[[], object] | None:
     return lambda: library.unpackbits(array, bitorder="little") * library.float32(2e-3) - library.float32(1e-3)
 
 
-def _array_library(tensor: torch.Tensor):
+def _array_library(tensor: torch.Tensor) -> Any:
     """NumPy for CPU tensors; CuPy for CUDA tensors where it is installed."""
     name = "cupy" if tensor.is_cuda else "numpy"
     return importlib.import_module(name) if importlib.util.find_spec(name) else None
@@ -219,9 +220,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         f"{about['numel']:,} fp32 elements, copy {rate / 1e9:.1f} GB/s{threads}",
         "",
     ]
-    for words, numbers in ((cell[:2], cell[2:]) for cell in cells):
-        left = [text.ljust(width) for text, width in zip(words, widths[:2], strict=True)]
-        right = [text.rjust(width) for text, width in zip(numbers, widths[2:], strict=True)]
+    for cell in cells:
+        left = [text.ljust(width) for text, width in zip(cell[:2], widths[:2], strict=True)]
+        right = [text.rjust(width) for text, width in zip(cell[2:], widths[2:], strict=True)]
         lines.append("  ".join(left + right))
     reasons = collections.Counter(row["compiled_skipped"] for row in rows if row["compiled_skipped"])
     return "\n".join(lines + [f"\nnot compiled ({count} rows): {reason}" for reason, count in reasons.items()])

@@ -15,6 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from . import triton_kernels as K
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -38,8 +40,13 @@ class Memory:
 
     def update(self, gradient: Tensor, residual: Tensor, decoded: Tensor) -> None:
         """r <- decay * r + g - sent * q, in place; a non-finite gradient leaves the residual as it was."""
-        new = residual.mul(self.decay).add_(gradient).sub_(decoded, alpha=self.sent)
-        residual.copy_(new.where(new.isfinite().all(), residual))
+        new = gradient.add(residual, alpha=self.decay).sub_(decoded, alpha=self.sent)
+        residual.copy_(new.where(finite(new), residual))
 
 
 ERROR_FEEDBACK = Memory()
+
+
+def finite(x: Tensor) -> Tensor:
+    """Whether every element of flat `x` is finite, in one pass; bool scalar on the device of `x`."""
+    return K.stats(x)[0].isfinite()

@@ -267,7 +267,13 @@ def _follow_steps(session: Session) -> None:
 
     @functools.wraps(original)
     def _take_model_step(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
+        weights, step = session.weights, session.reducer.step
+        if weights is not None:
+            weights.before_step()
+        with session.gathering():
+            result = original(*args, **kwargs)
+        if weights is not None:
+            weights.after_step(step)
         session.reducer.end_step(skipped=bool(getattr(engine.optimizer, "overflow", False)))
         return result
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +16,12 @@ from ..plan import Bucket, Plan
 from ..reducer import Reducer
 from ..schemes.base import Scheme, Segment
 from .deepspeed_seams import Piece, Scope
+from .deepspeed_weights import GatheredWeights, LocalWeights, weights_of
 
 #: The reduction of gradients that is running in this process. A single name: one reduction runs at a time.
 _active: Scope | None = None
+#: The model side whose engine takes its step now.
+_gathering: LocalWeights | GatheredWeights | None = None
 
 
 class Part(NamedTuple):
@@ -75,6 +80,13 @@ class CompressedBackend(TorchBackend):
                 return Noop() if async_op else None
         return super().reduce(tensor, dst, op, group, async_op)
 
+    def all_gather_into_tensor(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
+        if _gathering is not None and not async_op and _gathering.gather(output_tensor, input_tensor):
+            return None
+        return super().all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
+
 
 class Session:
     """What one compressed engine owns: its reducer, its plan, and the routes of the buffers seen so far.
@@ -84,6 +96,7 @@ class Session:
         group, rank, size: its data-parallel ranks.
         names: `id(parameter)` -> name, of the module's parameters (the first name of a shared one).
         reducer: owns the residuals, keyed by parameter name.
+        weights: the model side of the scheme, or None.
         scope: the reduction of this engine that is running, or None.
     """
 
@@ -93,6 +106,7 @@ class Session:
         self.names = {id(p): name for name, p in engine.module.named_parameters()}
         self._segments = {s.name: (bucket.scheme, s) for bucket in plan.buckets for s in bucket.segments}
         self._routes: dict[tuple[Any, ...], Route] = {}
+        self.weights = weights_of(self)
         self.gradient_bytes = 0  # size of the reduced buffers, as DeepSpeed would have sent them, so far
 
     @property
@@ -158,13 +172,18 @@ class Session:
         """Forget residuals; the step stays with DeepSpeed's count."""
         empty = Reducer(self.reducer.config, self.reducer.transport).state_dict()
         self.reducer.load_state_dict({**empty, "step": int(self.engine.global_steps - self.engine.skipped_steps)})
+        if self.weights is not None:
+            self.weights.load_state_dict({})
 
-    def extra_state(self) -> dict[str, Any]:
-        """What a checkpoint holds besides the reducer's state."""
-        return {}
-
-    def load_extra_state(self, document: dict[str, Any]) -> None:
-        """Take back `extra_state`; an empty document means that another number of ranks saved it."""
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Inside, all-gathers of this engine's flat weights carry codes, if the scheme has a model side."""
+        global _gathering
+        _gathering = self.weights
+        try:
+            yield
+        finally:
+            _gathering = None
 
     def _route(self, scope: Scope, numel: int, destination: int | None, device: torch.device) -> Route:
         key = (scope.layout.key, scope.taken, numel, destination, device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +31,17 @@ _PATTERN = re.compile(r"communication_compression_rank_(\d+)_of_(\d+)\.pt")
 def follow(session: Session) -> None:
     """Save and load with the engine. DeepSpeed writes `latest` later, so it never points at half a state."""
     engine = session.engine
-    save_original, load_original = engine._save_checkpoint, engine._load_checkpoint
+    save_original, load_original, whole_original = (
+        engine._save_checkpoint,
+        engine._load_checkpoint,
+        engine.load_checkpoint,
+    )
 
     @functools.wraps(save_original)
     def _save_checkpoint(save_dir: str, tag: str, *args: Any, **kwargs: Any) -> Any:
-        result = save_original(save_dir, tag, *args, **kwargs)
-        save(session, Path(save_dir) / str(tag))
+        with session.weights.exact() if session.weights is not None else nullcontext():
+            result = save_original(save_dir, tag, *args, **kwargs)
+            save(session, Path(save_dir) / str(tag))
         return result
 
     @functools.wraps(load_original)
@@ -48,7 +54,15 @@ def follow(session: Session) -> None:
                 session.reset()
         return result
 
+    @functools.wraps(whole_original)
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        result = whole_original(*args, **kwargs)
+        if result[0] is not None and session.weights is not None:
+            session.weights.resume()  # only now are the master weights loaded
+        return result
+
     engine._save_checkpoint, engine._load_checkpoint = _save_checkpoint, _load_checkpoint
+    engine.load_checkpoint = load_checkpoint
 
 
 def save(session: Session, folder: Path) -> None:
@@ -57,7 +71,7 @@ def save(session: Session, folder: Path) -> None:
         "version": __version__,
         "config": session.reducer.config.to_dict(),
         "reducer": _to_cpu(session.reducer.state_dict()),
-        **session.extra_state(),
+        "weights": _to_cpu(session.weights.state_dict()) if session.weights is not None else {},
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _FILE.format(rank=session.rank, size=session.size)
@@ -93,7 +107,8 @@ def load(session: Session, folder: Path) -> None:
         _say(session, "another scheme cannot use these residuals; they start at zero")
         return
     session.reducer.load_state_dict(document["reducer"])
-    session.load_extra_state(document if own else {})
+    if session.weights is not None:
+        session.weights.load_state_dict(document.get("weights", {}) if own else {})
 
 
 def _merge(session: Session, files: dict[tuple[int, int], Path], folder: Path) -> dict[str, Any]:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from .deepspeed_backend import Session
 
 #: Methods that must exist, per object.
-ENGINE_SEAMS = ("allreduce_bucket", "_take_model_step", "_save_checkpoint", "_load_checkpoint")
-ZERO_SEAMS = ("allreduce_and_scatter", "allreduce_bucket", "gradient_reduction_w_predivide")
+ENGINE_SEAMS = ("allreduce_bucket", "_take_model_step", "_save_checkpoint", "_load_checkpoint", "load_checkpoint")
+ZERO_SEAMS = ("allreduce_and_scatter", "allreduce_bucket", "gradient_reduction_w_predivide", "update_lp_params")
 
 
 class Piece(NamedTuple):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from .. import triton_kernels as K
-from ..memories import Memory
+from ..memories import Memory, finite
 from ..registry import register
 from .base import Call, Phases, Reduction, Scheme, Segment, total
 
@@ -56,9 +56,9 @@ class Marsit(Scheme):
         etas = [call.state("eta", segment.name, lambda: self._first_eta(x)) for segment in call.segments]
         if call.step % self.flush_steps == 0:
             return (yield from self._flush(x, residual, etas, call))
-        finite = x.isfinite().all()
+        healthy = finite(x)
         vote = _one_hot if self.form == "one_hot" else _ring
-        bits, healthy = yield from vote(x.where(finite, 0), residual, finite, call)
+        bits, healthy = yield from vote(x.where(healthy, 0), residual, healthy, call)
         return _apply(bits, healthy, residual, etas, call)
 
     def _flush(self, x: Tensor, residual: Tensor, etas: list[Tensor], call: Call) -> Reduction:
@@ -70,7 +70,7 @@ class Marsit(Scheme):
         means = torch.stack([part.abs().mean() for part in p.split(sizes)]) if sizes else p.new_empty(0)
         total = yield call.transport.all_reduce(torch.cat([p, means]))
         result, means = total.div_(call.transport.size).split([x.numel(), len(sizes)])
-        healthy = result.isfinite().all()
+        healthy = finite(result)
         residual.copy_(residual.where(~healthy, 0))
         if self.eta_s == "auto":
             for eta, mean in zip(etas, means):
@@ -96,23 +96,24 @@ def _apply(bits: Tensor, healthy: Tensor, residual: Tensor, etas: list[Tensor], 
     import torch
 
     result = K.signs_expand(bits, residual.numel(), 1.0)
-    torch._foreach_mul_(list(result.split([segment.numel for segment in call.segments])), etas)
-    residual.sub_(result.where(healthy, 0))
+    pieces = list(result.split([segment.numel for segment in call.segments]))
+    torch._foreach_mul_(pieces, [eta * healthy for eta in etas])  # nothing at all where some rank is unhealthy
+    residual.sub_(result)
     return result.where(healthy, torch.nan)
 
 
-def _one_hot(x: Tensor, residual: Tensor, finite: Tensor, call: Call) -> Phases[tuple[Tensor, Tensor]]:
+def _one_hot(x: Tensor, residual: Tensor, mine: Tensor, call: Call) -> Phases[tuple[Tensor, Tensor]]:
     """Per coordinate one rank, drawn by a key that all share, gives its sign; all-reduce of int32 words."""
     import torch
 
     transport = call.transport
     bits = K.one_hot_signs(x, transport.rank, transport.size, call.key._replace(rank=0), residual=residual)
-    flag = (~finite).to(torch.int32).view(1)
+    flag = (~mine).to(torch.int32).view(1)
     total = yield transport.all_reduce(torch.cat([bits.view(torch.int32), flag]))
     return total[:-1].contiguous().view(torch.uint8), total[-1] == 0
 
 
-def _ring(x: Tensor, residual: Tensor, finite: Tensor, call: Call) -> Phases[tuple[Tensor, Tensor]]:
+def _ring(x: Tensor, residual: Tensor, mine: Tensor, call: Call) -> Phases[tuple[Tensor, Tensor]]:
     """The paper's reduce and gather phases over packed bits; the received aggregate wins with its share of the
     ranks.
     """
@@ -121,7 +122,7 @@ def _ring(x: Tensor, residual: Tensor, finite: Tensor, call: Call) -> Phases[tup
     from ..collectives import ring_fold
 
     transport, key = call.transport, call.key
-    unhealthy = yield transport.all_reduce((~finite).to(torch.float32).view(1))
+    unhealthy = yield transport.all_reduce((~mine).to(torch.float32).view(1))
     bits = K.sign_bits(x, residual=residual)
     length = 4 * -(-len(bits) // (4 * transport.size))
     padded = bits.new_zeros(length * transport.size)

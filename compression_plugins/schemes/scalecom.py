@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from .. import triton_kernels as K
-from ..memories import Memory
+from ..memories import Memory, finite
 from ..registry import register
 from .base import Call, Reduction, Scheme, Segment, total
 
@@ -92,7 +92,7 @@ class _Exact:
 
         self.x, self.memory, self.residual, self.kept = x, memory, residual, -(-x.numel() // ratio)
         p = memory.compensate(x, residual)
-        self.p = p.where(p.isfinite().all(), torch.nan)
+        self.p = p.where(finite(p), torch.nan)
 
     def select(self) -> tuple[Tensor, Tensor]:
         import torch

@@ -43,7 +43,7 @@ class Vote(Codec):
         import torch
 
         out = torch.empty(self.nbytes(x.numel()), dtype=torch.uint8, device=x.device) if out is None else out
-        out[:4].view(torch.float32).copy_(x.sum(dtype=torch.float64).mul_(0).add_(self.magnitude))  # 0 * inf is NaN
+        out[:4].view(torch.float32).copy_(K.stats(x)[0] * 0 + self.magnitude)  # NaN unless all of x is finite
         out[4:] = K.sign_bits(x)
         return out
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from .. import triton_kernels as K
-from ..memories import ERROR_FEEDBACK, Memory
+from ..memories import ERROR_FEEDBACK, Memory, finite
 from ..registry import register
 from .base import Call, Reduction, Scheme, Segment, total
 
@@ -37,7 +37,7 @@ class TopK(Scheme):
 
         residual = call.residual()
         p = ERROR_FEEDBACK.compensate(x, residual)
-        p = p.where(p.isfinite().all(), torch.nan)
+        p = p.where(finite(p), torch.nan)
         k = self._kept(x.numel())
         indices = p.abs().topk(k, sorted=False).indices
         values = p[indices]

@@ -1,10 +1,12 @@
-"""Laws of stats, sign, uniform, pack and cast for one implementation: run on the CPU by tests/kernels, on CUDA by tests/gpu.
+"""Laws of stats, sign, uniform, pack and cast for one implementation; on the CPU in tests/kernels, on CUDA in tests/gpu.
 
 Payloads are held to formulas written out here. A scale that is a sum may differ from ours by one fp32 ulp; codes and
 residuals are then computed from the scales that the implementation wrote, and must agree bit for bit.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 
@@ -142,10 +144,11 @@ def check_cast(implementation, numel, kind, block, memory=None, dtype=torch.floa
         assert payload.numel() == 4 * -(-numel // block) + 4 * -(-numel // 4)
         scales, words = layout.split(payload, layout.blocks(numel, block))
         top = torch.tensor([float(row.abs().max()) for row in blocks_of(p, block)])
-        live = top.isfinite() & ~(448 / top).isinf()
+        inverse = torch.full_like(top, 448.0) / top
+        live = top.isfinite() & ~inverse.isinf()
         wanted = torch.where(live, top / torch.full_like(top, 448.0), torch.where(top.isfinite(), 0.0, torch.nan))
         assert_same_bits(scales, wanted)
-        scaled = torch.where(per_element(live, numel, block), p * per_element(448 / top, numel, block), 0.0)
+        scaled = torch.where(per_element(live, numel, block), p * per_element(inverse, numel, block), 0.0)
         codes = scaled.to(torch.float8_e4m3fn)
         q = codes.float() * per_element(scales, numel, block)
         keep = per_element(scales.isnan(), numel, block)
@@ -180,7 +183,7 @@ def check_reduce(family, implementation, numel, block, ranks, memory=None, kind=
     oracle = reference(family)
     make, read = getattr(oracle, f"{family}_encode"), getattr(oracle, f"{family}_decode")
     payloads = [make(vector(numel, seed=rank) * (rank + 1), *encoding) for rank in range(ranks)]
-    total = sum(read(payload, numel, *decoding) for payload in payloads)
+    total = functools.reduce(torch.add, (read(payload, numel, *decoding) for payload in payloads))
     average = total / torch.full_like(total, ranks)
     residual = None if memory is None else vector(numel, seed=20)
     wanted, wanted_after = encode(family, implementation, average, *encoding, residual=residual, memory=memory)

@@ -65,16 +65,18 @@ def test_stochastic_rounding_is_unbiased_with_the_variance_of_a_coin(bits, scale
     x = torch.randn(numel, generator=torch.Generator().manual_seed(0))
     total, squares = torch.zeros(numel).double(), torch.zeros(numel).double()
     for step in range(trials):
-        payload = K.uniform_encode(x, bits, numel, K.Key(1, 2, step, 0), scale)
+        payload = K.uniform_encode(x, bits, numel, K.Key(3, 2, step, 0), scale)
         error = K.uniform_decode(payload, numel, bits, numel).double() - x
         total += error
         squares += error.square()
     width = float(payload[:4].view(torch.float32)) / (2 ** (bits - 1) - 1)
     fraction = x.double() / width - torch.floor(x.double() / width)
-    deviation = width * (fraction * (1 - fraction)).sqrt() + 1e-6
-    z = total / trials / (deviation / trials**0.5)
-    assert z.abs().max() < 5 and abs(z.mean()) < 5 / numel**0.5
-    assert 0.97 < (squares.sum() / trials / deviation.square().sum()) < 1.03
+    variance = width**2 * fraction * (1 - fraction)
+    z = total / (trials * variance).sqrt()
+    normal = fraction * (1 - fraction) > 0.05  # rarer events are Poisson, not normal, in this many trials
+    assert z[normal].abs().max() < 5 and abs(z[normal].mean()) < 5 / int(normal.sum()) ** 0.5
+    assert abs(total.sum()) < 5 * (trials * variance.sum()).sqrt()
+    assert 0.97 < squares.sum() / trials / variance.sum() < 1.03
 
 
 @pytest.mark.parametrize("rounding, bound", [("nearest", 0.5), ("stochastic", 1.0)])

@@ -6,7 +6,9 @@ All round to nearest even and agree with PyTorch's conversions, except that NaN 
 from __future__ import annotations
 
 import numpy as np
-from numba import float32, njit, uint8, uint16, uint32, uintp
+from numba import float32, uint8, uint16, uint32, uintp
+
+from ._jit import jit
 
 _U = np.uint32
 _SIGN, _MAGNITUDE, _INFINITY = _U(0x80000000), _U(0x7FFFFFFF), _U(0x7F800000)
@@ -18,14 +20,14 @@ _FP8_NORMAL, _FP8_SUBNORMAL = _U((127 - 6) << 23), np.float32(2.0**-9)
 _2_14, _2_14_BITS = np.float32(2.0**14), _U((127 + 14) << 23)  # likewise 2**14 for multiples of 2**-9
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def from_bf16(codes, first, count, p):
     bits, first = p.view(np.uint32), uintp(first)
     for i in range(uintp(count)):
         bits[i] = uint32(codes[first + i]) << _U(16)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def to_bf16(p, count, codes, first):
     bits, first = p.view(np.uint32), uintp(first)
     for i in range(uintp(count)):
@@ -35,7 +37,7 @@ def to_bf16(p, count, codes, first):
         codes[first + i] = uint16(_BF16_NAN if nan else rounded)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def from_fp16(codes, first, count, p):
     bits, first = p.view(np.uint32), uintp(first)
     for i in range(uintp(count)):
@@ -48,7 +50,7 @@ def from_fp16(codes, first, count, p):
         bits[i] = bits[i] | special | ((half & _U(0x8000)) << _U(16))
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def to_fp16(p, count, codes, first, scratch):
     """``scratch``: fp32, as long as p."""
     bits, first = p.view(np.uint32), uintp(first)
@@ -64,7 +66,7 @@ def to_fp16(p, count, codes, first, scratch):
         codes[first + i] = uint16(_FP16_NAN if u > _INFINITY else rounded | sign)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def from_fp8(codes, first, count, p, scale):
     """``p = e4m3(codes) * scale``; no NaN codes."""
     bits, first = p.view(np.uint32), uintp(first)
@@ -80,7 +82,7 @@ def from_fp8(codes, first, count, p, scale):
         p[i] = p[i] * scale
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def to_fp8(p, count, codes, first, inverse, scratch):
     """``codes = e4m3(p * inverse)`` for products of at most 448 * (1 + 2**-22); changes p. ``scratch``: fp32."""
     bits, first = p.view(np.uint32), uintp(first)

@@ -6,6 +6,7 @@ import numpy as np
 from numba import njit, uint32, uint64
 
 from ..philox import MULTIPLIER_0, MULTIPLIER_1, ROUNDS, WEYL_0, WEYL_1, Key
+from ._jit import jit
 
 _M0, _M1 = np.uint64(MULTIPLIER_0), np.uint64(MULTIPLIER_1)
 _W0, _W1 = np.uint32(WEYL_0), np.uint32(WEYL_1)
@@ -24,7 +25,7 @@ def philox_round(c0, c1, c2, c3, k0, k1):
     return uint32(p1 >> _32) ^ c1 ^ k0, uint32(p1), uint32(p0 >> _32) ^ c3 ^ k1, uint32(p0)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def fill(out, counters, first, words):
     """Philox outputs of ``counters`` consecutive counters from ``first`` into ``out``, uint32 [4 * counters].
 

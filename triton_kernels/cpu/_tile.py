@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import float32, int32, njit, uintp
+from numba import float32, int32, uintp
 
 from ..layout import Memory
 from ._floats import from_bf16, from_fp16
+from ._jit import jit
 
 TILE = 1024  # elements; source, residual and three buffers of a tile fit in 32 KiB
 
@@ -45,7 +46,7 @@ def descent(param: torch.Tensor, momentum_buffer: torch.Tensor | None, lr: float
     return param.detach().numpy(), m, momentum_buffer is not None, np.float32(lr), np.float32(momentum)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def load(x32, x16, kind, start, count, p):
     """``p[:count] = fp32(x[start : start + count])``."""
     if kind == BF16:
@@ -58,7 +59,7 @@ def load(x32, x16, kind, start, count, p):
             p[i] = x32[start + i]
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def compensate(p, kept, r, start, count, alpha, decay):
     """From x in ``p``: ``kept = decay * r + x`` and ``p = x + alpha * r``; one buffer for both if decay = alpha."""
     start, count = uintp(start), uintp(count)
@@ -72,7 +73,7 @@ def compensate(p, kept, r, start, count, alpha, decay):
             p[i] = p[i] + alpha * r[start + i]
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def remember(r, kept, q, start, count, sent):
     """``r = kept - sent * q``."""
     start, count = uintp(start), uintp(count)
@@ -80,7 +81,7 @@ def remember(r, kept, q, start, count, sent):
         r[start + i] = kept[i] - sent * q[i]
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def store(values, out, start, count, weight, accumulate):
     """``out = weight * values`` or ``out += weight * values``."""
     start, count = uintp(start), uintp(count)
@@ -93,7 +94,7 @@ def store(values, out, start, count, weight, accumulate):
 
 
 # Only these sums may be reordered by the compiler; fp64 keeps their result within one fp32 ulp of any other order.
-@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"})
+@jit(fastmath={"reassoc", "nsz"})
 def sum_abs(p, count):
     total = 0.0
     for i in range(count):
@@ -101,7 +102,7 @@ def sum_abs(p, count):
     return total
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"})
+@jit(fastmath={"reassoc", "nsz"})
 def sum_squares(p, count):
     total = 0.0
     for i in range(count):
@@ -109,7 +110,7 @@ def sum_squares(p, count):
     return total
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def max_magnitude_bits(p, count):
     """Bit pattern of max |p|: ordered like the magnitudes, with Inf and NaN above every finite number."""
     bits = p.view(np.int32)
@@ -119,17 +120,17 @@ def max_magnitude_bits(p, count):
     return largest
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def finite_bits(bits):
     return bits < _INFINITY
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def float_of(bits):
     return np.int32(bits).view(np.float32)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def divide(p, count, by):
     """``p /= by``, correctly rounded."""
     if by > 1:
@@ -138,13 +139,13 @@ def divide(p, count, by):
             p[i] = p[i] / n
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def add(p, q, count):
     for i in range(count):
         p[i] = p[i] + q[i]
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def descend(update, param, m, has_m, start, count, lr, momentum):
     """``param -= lr * update``, through ``m = momentum * m + update`` with a momentum buffer."""
     start, count = uintp(start), uintp(count)

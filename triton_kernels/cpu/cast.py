@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import float32, int32, njit
+from numba import float32, int32
 
 from .. import layout
 from ..layout import FP8_MAX, Memory
 from . import _tile
 from ._floats import from_bf16, from_fp8, from_fp16, to_bf16, to_fp8, to_fp16
+from ._jit import jit
 from ._tile import (
     BF16,
     FP16,
@@ -31,7 +32,7 @@ _NO_PAYLOADS = np.empty(0, np.float32), np.empty(0, np.uint8), 0
 _NO_HALVES = np.empty(0, np.uint16), 0
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _expand_half(codes, first, kind, count, q):
     if kind == BF16:
         from_bf16(codes, first, count, q)
@@ -39,7 +40,7 @@ def _expand_half(codes, first, kind, count, q):
         from_fp16(codes, first, count, q)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _encode_half(x32, x16, source, in_codes, ranks, numel, kind, r, has_r, alpha, decay, sent, codes):
     """Encodes x or, if ``ranks`` > 0, the average of that many payloads that stand end to end in ``in_codes``."""
     p, q = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
@@ -68,7 +69,7 @@ def _encode_half(x32, x16, source, in_codes, ranks, numel, kind, r, has_r, alpha
     codes[numel:] = 0
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _mean_fp8(scales, codes, ranks, blocks, start, block, count, p, q):
     """``p`` = average of the decoded payloads over the tile that starts at ``start``."""
     size, b, first = codes.size // ranks, start // block, 4 * blocks + start
@@ -79,7 +80,7 @@ def _mean_fp8(scales, codes, ranks, blocks, start, block, count, p, q):
     divide(p, count, ranks)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _encode_fp8(
     x32, x16, source, in_scales, in_codes, ranks, numel, block, r, has_r, alpha, decay, sent, scales, codes
 ):  # fmt: skip
@@ -128,7 +129,7 @@ def _encode_fp8(
     codes[4 * blocks + numel :] = 0
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _decode_half(codes, numel, kind, out, weight, accumulate):
     q = np.empty(TILE, np.float32)
     for start in range(0, numel, TILE):
@@ -137,7 +138,7 @@ def _decode_half(codes, numel, kind, out, weight, accumulate):
         store(q, out, start, count, weight, accumulate)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _decode_fp8(scales, codes, numel, block, out, weight, accumulate):
     blocks = (numel + block - 1) // block
     tile = min(block, TILE)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 
 from ..checks import check_chunk, check_indices
 from ..layout import Memory, blocks, check_input
+from ._jit import jit
 
 GROUP = 8192  # elements; x, r and p of a group take 96 KiB
 MAGNITUDE = np.int32(
@@ -61,7 +61,7 @@ def _run(x: torch.Tensor, indices: torch.Tensor, chunk: int, memory: Memory, giv
 # the integers, hence the np.int32 around each of them and plain comparisons for max and min.
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@jit
 def _largest(bits):
     """Largest magnitude, as an integer."""
     top = np.int32(0)
@@ -71,7 +71,7 @@ def _largest(bits):
     return top
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@jit
 def _first(bits, top):
     """Lowest index of the magnitude ``top``; a minimum over all elements is faster than a search that stops."""
     first = np.int32(bits.size)
@@ -81,13 +81,13 @@ def _first(bits, top):
     return first
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@jit
 def _remember(x, r, decay):
     for i in range(x.size):
         r[i] = decay * r[i] + x[i]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@jit
 def _chunks(x, residual, indices, values, chunk, factors, remembers, given):
     alpha, decay, sent = factors
     chunks = indices.size

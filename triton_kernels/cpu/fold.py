@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import float32, njit, uint32, uintp
+from numba import float32, uint32, uintp
 
 from ..checks import check_bit_pair, check_residual, draws_of, keep_left_below
 from ..layout import check_buffer, check_payload, words
 from ..philox import Key
 from . import _philox, _tile
 from ._bits import sign_mask, spread_mask
+from ._jit import jit
 from ._tile import TILE, load
 
 _EVERY_DRAW = draws_of(0, 1)
@@ -64,7 +65,7 @@ def _signs(x: torch.Tensor, residual: torch.Tensor | None, draws: tuple[int, int
     return bits
 
 
-@njit(nogil=True, cache=True)
+@jit
 def _encode(x32, x16, kind, numel, r, has_r, words, low, high, has_key, key):
     """Bits of ``(p >= 0) & (low <= h < high)``, without the second term for no key."""
     p = np.empty(TILE, np.float32)
@@ -87,7 +88,7 @@ def _encode(x32, x16, kind, numel, r, has_r, words, low, high, has_key, key):
             words[start // 32 + w] = sign_mask(p, 32 * w)
 
 
-@njit(nogil=True, cache=True)
+@jit
 def _add_and_keep(p, r, start, count):
     start = uintp(start)
     for i in range(uintp(count)):
@@ -95,7 +96,7 @@ def _add_and_keep(p, r, start, count):
         r[start + i] = p[i]
 
 
-@njit(nogil=True, cache=True)
+@jit
 def _merge(left, right, merged, below, key):
     margin = np.empty(TILE, np.float32)
     random = np.empty(TILE // 2, np.uint32)
@@ -110,7 +111,7 @@ def _merge(left, right, merged, below, key):
             merged[start + w] = uint32(b ^ ((a ^ b) & sign_mask(margin, 32 * w)))
 
 
-@njit(nogil=True, cache=True)
+@jit
 def _expand(words, result, eta, r, has_r):
     tail = np.empty(32, np.float32)
     for start in range(0, result.size, TILE):

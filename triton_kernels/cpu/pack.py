@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import int32, njit, uint32, uint64
+from numba import int32, uint32, uint64
 
 from ..layout import check_codes, check_payload, check_width, words
+from ._jit import jit
 
 _WORD = np.uint64(32)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _pack(codes, width, out):
     mask = uint64((1 << width) - 1)
     pending, filled, w = uint64(0), 0, 0
@@ -27,7 +28,7 @@ def _pack(codes, width, out):
         out[w] = uint32(pending)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _unpack(packed, width, out):
     mask = uint64((1 << width) - 1)
     pending, filled, w = uint64(0), 0, 0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 
 from ..checks import check_scatter, out_of_range
+from ._jit import jit
 
 
 def scatter_add(indices: torch.Tensor, values: torch.Tensor, out: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
@@ -19,7 +19,7 @@ def scatter_add(indices: torch.Tensor, values: torch.Tensor, out: torch.Tensor, 
     return out
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@jit
 def _bounds(indices):
     low = high = indices[0] if indices.size else indices.dtype.type(0)
     for i in range(indices.size):
@@ -28,7 +28,7 @@ def _bounds(indices):
     return low, high
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@jit
 def _add(indices, values, out, weight):
     for i in range(indices.size):
         out[indices[i]] += weight * values[i]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import float32, njit
+from numba import float32
 
 from .. import layout
 from ..layout import Memory
 from . import _tile
 from ._bits import sign_mask, spread_mask
+from ._jit import jit
 from ._tile import TILE, add, compensate, descend, divide, load, remember, store, sum_abs
 
 _NO_PAYLOADS = np.empty(0, np.float32), np.empty(0, np.uint32), 0
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _pack(p, count, words, first):
     """Bits ``p >= 0`` of ``count`` elements into ``words[first:]``; changes p beyond ``count``, up to whole words."""
     padded = (count + 31) // 32
@@ -25,14 +26,14 @@ def _pack(p, count, words, first):
         words[first + w] = sign_mask(p, 32 * w)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _expand(words, first, count, scale, q):
     """``q = +scale`` where the bit is 1, ``-scale`` where it is 0; writes up to the next multiple of 32 elements."""
     for w in range((count + 31) // 32):
         spread_mask(words[first + w], scale, -scale, q, 32 * w)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _mean(scales, words, ranks, blocks, start, block, count, p, q):
     """``p`` = average of the decoded payloads over the tile that starts at ``start``."""
     size = words.size // ranks
@@ -43,7 +44,7 @@ def _mean(scales, words, ranks, blocks, start, block, count, p, q):
     divide(p, count, ranks)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _encode(x32, x16, kind, in_scales, in_words, ranks, numel, block, r, has_r, alpha, decay, sent, scales, words):
     """Encodes x or, if ``ranks`` > 0, the average of that many payloads.
 
@@ -84,7 +85,7 @@ def _encode(x32, x16, kind, in_scales, in_words, ranks, numel, block, r, has_r, 
             _pack(p, count, words, blocks + start // 32)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _decode(scales, words, numel, block, out, weight, accumulate):
     blocks = (numel + block - 1) // block
     tile = min(block, TILE)
@@ -97,7 +98,7 @@ def _decode(scales, words, numel, block, out, weight, accumulate):
             store(q, out, start, count, weight, accumulate)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _apply(scales, words, numel, block, param, m, has_m, lr, momentum):
     blocks = (numel + block - 1) // block
     tile = min(block, TILE)
@@ -110,7 +111,7 @@ def _apply(scales, words, numel, block, param, m, has_m, lr, momentum):
             descend(q, param, m, has_m, start, count, lr, momentum)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _vote(ballots, ranks, numel, out):
     votes, q = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     for start in range(0, numel, TILE):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import float32, int32, njit
+from numba import float32, int32
 
 from ..layout import Memory, check_input
 from . import _tile
+from ._jit import jit
 from ._tile import TILE, compensate, finite_bits, float_of, load, max_magnitude_bits, sum_abs, sum_squares
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _stats(x32, x16, kind, numel, r, has_r, alpha, decay, sent, out):
     p = np.empty(TILE, np.float32)
     largest, magnitudes, squares = int32(0), 0.0, 0.0

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import float32, int8, int16, int32, njit, uint8, uint16, uint32, uintp
+from numba import float32, int8, int16, int32, uint8, uint16, uint32, uintp
 
 from .. import layout
 from ..layout import SCALE_MAX, Memory
 from . import _philox, _tile
+from ._jit import jit
 from ._tile import (
     TILE,
     add,
@@ -29,7 +30,7 @@ _NO_PAYLOADS = np.empty(0, np.float32), np.empty(0, np.uint8), 0
 _U_STEP, _U_HALF = np.float32(2.0**-16), np.float32(2.0**-17)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _quantize(p, halves, stochastic, inverse, levels, count, z):
     """``z = clip(floor(p * inverse + u), -levels, levels)``, as floats."""
     top = float32(levels)
@@ -43,7 +44,7 @@ def _quantize(p, halves, stochastic, inverse, levels, count, z):
         z[i] = min(max(np.floor(z[i]), -top), top)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _pack(z, narrow, count, bits, codes, first):
     """Codes of one tile into ``codes[first:]``, padded with zeros to a whole word; changes z beyond ``count``."""
     padded = (count * bits + 31) // 32 * 32 // bits
@@ -73,7 +74,7 @@ def _pack(z, narrow, count, bits, codes, first):
             codes[first + i] = uint8(v | (v >> uint32(6)) | (v >> uint32(12)) | (v >> uint32(18)))
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _expand(codes, narrow, first, count, bits, step, q):
     """``q = code * step`` of the ``count`` codes in ``codes[first:]``."""
     first, total = uintp(first), uintp(count)
@@ -103,7 +104,7 @@ def _expand(codes, narrow, first, count, bits, step, q):
         q[i] = float32(int32((int32(narrow[i]) ^ half) - half)) * step
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _mean(scales, codes, ranks, narrow, blocks, start, block, count, bits, levels, p, q):
     """``p`` = average of the decoded payloads over the tile that starts at ``start``."""
     size, b, first = codes.size // ranks, start // block, 4 * blocks + start * bits // 8
@@ -115,7 +116,7 @@ def _mean(scales, codes, ranks, narrow, blocks, start, block, count, bits, level
     divide(p, count, ranks)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _encode(
     x32, x16, kind, in_scales, in_codes, ranks, numel, block, bits, l2, stochastic, words,
     r, has_r, alpha, decay, sent, scales, codes,
@@ -177,7 +178,7 @@ def _encode(
             _pack(z, narrow, count, bits, codes, 4 * blocks + start * bits // 8)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _decode(scales, codes, numel, block, bits, out, weight, accumulate):
     blocks = (numel + block - 1) // block
     tile = min(block, TILE)
@@ -191,7 +192,7 @@ def _decode(scales, codes, numel, block, bits, out, weight, accumulate):
             store(q, out, start, count, weight, accumulate)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _apply(scales, codes, numel, block, bits, param, m, has_m, lr, momentum):
     blocks = (numel + block - 1) // block
     tile = min(block, TILE)

@@ -63,7 +63,10 @@ def place(tiles, block, numel, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def load_x(x, stride, index, inside):
     """x in fp32, zero in masked lanes."""
-    return tl.load(x + index * stride, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + index * stride, mask=inside, other=0.0)
+    if x.dtype.element_ty == tl.bfloat16:  # by its bits: Triton's interpreter loses subnormals
+        return (value.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return value.to(tl.float32)
 
 
 @triton.jit

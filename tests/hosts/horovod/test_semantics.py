@@ -44,12 +44,14 @@ def test_other_dtypes_are_reduced_in_fp32_and_cast_back(two: list[dict[str, Any]
 
 
 def test_every_scheme_keeps_replicas_identical_and_sends_less(two: list[dict[str, Any]]) -> None:
-    found = same(two, "every_scheme_keeps_replicas_identical")
-    dense = found.pop("dense")[2]
-    for name, (identical, finite, sent) in found.items():
-        assert identical and finite, name
-        assert (sent is None) == (name == "none"), name
-        assert sent is None or sent < 0.6 * dense, (name, sent, dense)
+    for rank in two:
+        found = dict(rank["every_scheme_keeps_replicas_identical"])
+        dense = found.pop("dense")[2]
+        assert len(found) >= 13
+        for name, (identical, finite, sent) in found.items():
+            assert identical and finite, name
+            assert (sent is None) == (name == "none"), name
+            assert sent is None or sent < 0.6 * dense, (name, sent, dense)
 
 
 def test_gradients_missing_on_some_ranks_neither_hang_nor_diverge(two: list[dict[str, Any]]) -> None:
@@ -139,4 +141,4 @@ def test_the_transport_keeps_its_contract(three: list[dict[str, Any]]) -> None:
     found = same(three, "transport_contract")
     assert len(found) == 9 and all(found.values()), found
     inside = [rank["transport_contract_in_a_process_set"] for rank in three]
-    assert inside[1] is None and all(inside[0].values()) and all(inside[2].values()), inside
+    assert inside == [found, None, found], inside

@@ -1,0 +1,145 @@
+"""The finite sum that workers differentiate: a module, a loss and a data set, seen as flat fp32 vectors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
+
+from ..errors import CompressionError, UnsupportedError
+
+#: The header counts payload bytes in 32 bits.
+MAX_NUMEL = 2**30 - 1
+Forward = Callable[[nn.Module, Any], Tensor]
+
+
+class Problem:
+    """f(x) = (1/n) sum_i f_i(x).
+
+    Args:
+        model: any module; its parameters that require gradients are optimized. A private copy is made.
+        loss_fn: `loss_fn(model(inputs), targets)` is the *mean* loss over a batch `(inputs, targets)`.
+        loader: a DataLoader (its data set and collate function are used; sampling is by index) or a map-style data set.
+        forward: for batches of another form: `forward(model, batch)` is the mean loss; `loss_fn` is not used then.
+        device: where gradients are computed.
+
+    Raises:
+        UnsupportedError: a data set that cannot be indexed, or a model that nothing can be learnt in.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor] | None,
+        loader: Any,
+        forward: Forward | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
+        self._model = copy.deepcopy(model).to(self.device)
+        self._parameters = [p for p in self._model.parameters() if p.requires_grad]
+        self._loss_fn, self._forward = loss_fn, forward
+        self.data = loader.dataset if isinstance(loader, DataLoader) else loader
+        self._collate = (loader.collate_fn if isinstance(loader, DataLoader) else None) or default_collate
+        if isinstance(self.data, IterableDataset) or not hasattr(self.data, "__len__"):
+            raise UnsupportedError(
+                "the data set cannot be indexed; the parameter server shards by index and visits samples again, so it "
+                "needs a map-style data set with __len__ and __getitem__"
+            )
+        self.samples, self.numel = len(self.data), sum(p.numel() for p in self._parameters)
+        if not self.samples:
+            raise UnsupportedError("the data set is empty")
+        if not 0 < self.numel <= MAX_NUMEL:
+            raise UnsupportedError(f"{self.numel:,} parameters require gradients; 1 to {MAX_NUMEL:,} are possible")
+        if loss_fn is None and forward is None:
+            raise CompressionError("give loss_fn, or forward for batches that are not (inputs, targets)")
+
+    def start(self) -> Tensor:
+        """The model's present parameters, fp32 CPU [numel]."""
+        return flatten(self._parameters)
+
+    def gradient(self, x: Tensor, indices: np.ndarray, seed: int) -> tuple[float, Tensor]:
+        """Mean loss and its gradient (fp32 CPU [numel]) over samples `indices`, at x.
+
+        Equal seeds give equal dropout masks, so that two points are compared on the same random function.
+        """
+        self._assign(x)
+        return self._differentiate(self._batch(indices), seed)
+
+    def total(self, x: Tensor, indices: np.ndarray, chunk: int, seed: int) -> tuple[float, Tensor]:
+        """Sums, not means, of losses and gradients over samples `indices`, `chunk` at a time."""
+        self._assign(x)
+        loss, gradient = 0.0, torch.zeros(self.numel)
+        for first in range(0, len(indices), chunk):
+            piece = indices[first : first + chunk]
+            mean, part = self._differentiate(self._batch(piece), seed)
+            loss += mean * len(piece)
+            gradient.add_(part, alpha=len(piece))
+        return loss, gradient
+
+    @torch.no_grad()
+    def loss(self, x: Tensor, chunk: int = 1024) -> float:
+        """f(x) over all samples."""
+        self._assign(x)
+        pieces = np.array_split(np.arange(self.samples), -(-self.samples // chunk))
+        return sum(float(self._value(self._batch(piece))) * len(piece) for piece in pieces) / self.samples
+
+    def _assign(self, x: Tensor) -> None:
+        unflatten(x, self._parameters)
+
+    def _batch(self, indices: np.ndarray) -> Any:
+        if isinstance(self.data, TensorDataset) and self._collate is default_collate:
+            batch: Any = self.data[torch.from_numpy(indices)]
+        elif hasattr(self.data, "__getitems__"):
+            batch = self._collate(self.data.__getitems__(indices.tolist()))
+        else:
+            batch = self._collate([self.data[index] for index in indices.tolist()])
+        return batch if self.device.type == "cpu" else _move(batch, self.device)
+
+    def _value(self, batch: Any) -> Tensor:
+        if self._forward is not None:
+            return self._forward(self._model, batch)
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise CompressionError(
+                f"a batch is a {type(batch).__name__}, not (inputs, targets): give forward=, which turns a model and a "
+                "batch into the mean loss"
+            )
+        return self._loss_fn(self._model(batch[0]), batch[1])  # type: ignore[misc]
+
+    def _differentiate(self, batch: Any, seed: int) -> tuple[float, Tensor]:
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            loss = self._value(batch)
+        if loss.numel() != 1:
+            raise CompressionError(f"the loss has shape {tuple(loss.shape)}; it must be the mean over the batch, a scalar")
+        found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(self._parameters, found)]
+        return float(loss.detach()), flatten(gradients)
+
+
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """fp32 CPU [sum of numel]."""
+    return torch.cat([t.detach().to("cpu", torch.float32).reshape(-1) for t in tensors])
+
+
+@torch.no_grad()
+def unflatten(x: Tensor, parameters: Sequence[Tensor]) -> None:
+    """Write fp32 [sum of numel] into `parameters`, in order."""
+    for parameter, piece in zip(parameters, x.split([p.numel() for p in parameters])):
+        parameter.copy_(piece.view_as(parameter))
+
+
+def _move(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {key: _move(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_move(value, device) for value in batch)
+    return batch

@@ -1,0 +1,367 @@
+"""The server as a state machine: messages and departures in, messages out. It knows neither sockets nor time, so the
+deterministic simulation and the real processes run the very same object.
+
+Bounded delay. Every model that goes out has a ticket with the update count D at which x was read; its gradient must be
+applied at an update t <= D + tau. An arriving gradient is applied at once if all other tickets can still keep their
+deadlines, else it is held until the late ones have arrived; at most tau + 1 tickets are out. An epoch hands out exactly
+`inner_steps` tickets, so no gradient belongs to an old snapshot, and between epochs nothing is in flight.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import CompressionError, MismatchError
+from . import messages
+from .algorithms import Prox, State, get
+from .messages import Kind, Message, MessageError
+from .options import Options
+from .records import Epoch, Traffic
+
+log = logging.getLogger("compression_plugins.parameter_server")
+Phase = Literal["waiting", "snapshot", "inner", "done"]
+
+
+@dataclass
+class Ticket:
+    """A model on its way to becoming an update; `zeta` once the gradient has arrived."""
+
+    number: int
+    version: int
+    zeta: Tensor | None = None
+
+
+@dataclass
+class _Tally:
+    widths: list[int] = field(default_factory=list)
+    survivors: list[float] = field(default_factory=list)
+    delay: int = 0
+
+
+class Server:
+    """Owns x. Drive it with `join`, `begin`, `receive`, `leave`; send what is in `outbox`, in order.
+
+    Args:
+        options: of the run.
+        x: fp32 [numel], where to start.
+        samples: size of the data set (n).
+        on_epoch: called after every snapshot with its `Epoch`.
+        on_checkpoint: called with the server at the end of every epoch, when nothing is in flight.
+
+    Attributes:
+        step: updates applied so far (t); `epoch`: snapshots completed or, within one, begun before it.
+        delays, order: of every update of this process: t - D(t), and whose it was.
+        outbox: (rank, message) to send.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        x: Tensor,
+        samples: int,
+        on_epoch: Callable[[Epoch], None] | None = None,
+        on_checkpoint: Callable[[Server], None] | None = None,
+    ) -> None:
+        if options.workers > samples:
+            raise CompressionError(f"{options.workers} workers for {samples} samples; every worker needs at least one")
+        self.options, self.samples = options, samples
+        self.on_epoch, self.on_checkpoint = on_epoch, on_checkpoint
+        self.algorithm, self.prox = get(options.method), Prox(options.l1, options.l2)
+        self.state = State.at(x, options.theta)
+        self.numel, self.inner_steps = x.numel(), options.steps_an_epoch(samples)
+        self.phase: Phase = "waiting"
+        self.step = self.epoch = self.tickets = 0
+        self.traffic = Traffic()
+        self.history: list[Epoch] = []
+        self.delays: list[int] = []
+        self.order: list[int] = []
+        self.parts: dict[int, list[int]] = {}
+        self.outbox: deque[tuple[int, Message]] = deque()
+        self._out: dict[int, Ticket] = {}  # by worker, in order of arrival once the gradient is there
+        self._idle: deque[int] = deque()
+        self._issued = self._applied = 0  # of this epoch
+        self._asked: dict[int, deque[tuple[int, ...]]] = {}
+        self._totals: dict[tuple[int, ...], tuple[float, Tensor]] = {}
+        self._tally = _Tally()
+
+    # --- workers come and go ---
+
+    @property
+    def active(self) -> list[int]:
+        """Ranks that take part, sorted."""
+        return sorted(self.parts)
+
+    def join(self, rank: int) -> None:
+        """A worker is connected, for the first time or again."""
+        if not 0 <= rank < self.options.workers:
+            raise MismatchError(f"a worker of rank {rank} where there are {self.options.workers}")
+        if rank in self.parts:
+            self.leave(rank, "connected again")
+        self.parts[rank] = []
+        if self.phase == "done":
+            self._send(rank, messages.stop("the run is complete", error=False))
+        elif self.phase != "waiting":
+            log.info("worker %d joins at update %d", rank, self.step)
+            self._send(rank, messages.exact(Kind.SNAPSHOT, self.state.snapshot, self.epoch))
+            self._share_out(claimed=rank)
+            if self.phase == "inner":
+                self._idle.append(rank)
+                self._issue()
+            else:
+                self._ask()
+
+    def leave(self, rank: int, reason: str) -> None:
+        """A worker is gone: its ticket goes back, its parts go to the others."""
+        if rank not in self.parts:
+            return
+        log.warning("worker %d dropped at update %d: %s", rank, self.step, reason)
+        del self.parts[rank]
+        if self.phase in ("waiting", "done"):
+            return
+        if self._out.pop(rank, None) is not None:
+            self._issued -= 1
+        if rank in self._idle:
+            self._idle.remove(rank)
+        self._asked.pop(rank, None)
+        self._share_out()
+        if self.phase == "snapshot":
+            self._ask()
+        else:
+            self._apply_what_can_be()
+
+    def begin(self) -> None:
+        """Take the first snapshot (or, after `load_state_dict`, the next) with the workers that have joined."""
+        if self.phase != "waiting":
+            raise CompressionError("the run has begun already")
+        self._share_out()
+        self._snapshot()
+
+    def blockers(self) -> list[int]:
+        """Workers that others wait for. Empty while nobody waits, however long a step takes."""
+        if self.phase == "snapshot":
+            late = [rank for rank in self._asked if self._asked[rank]]
+            return late if len(late) < len(self.parts) else []
+        if self.phase != "inner":
+            return []
+        late = [rank for rank, ticket in self._out.items() if ticket.zeta is None]
+        if len(late) < len(self._out):  # gradients are held
+            first = min((self._out[rank].version for rank in late), default=0)
+            return [rank for rank in late if self._out[rank].version == first]
+        return late if self._idle else []
+
+    def staleness(self) -> dict[int, int]:
+        """t - D of every worker whose gradient has not arrived."""
+        return {rank: self.step - ticket.version for rank, ticket in self._out.items() if ticket.zeta is None}
+
+    # --- messages ---
+
+    def receive(self, rank: int, message: Message) -> None:
+        """Take a checked message of an active worker; raises `MessageError` for one that was not asked for."""
+        if message.kind is Kind.TOTAL:
+            self._receive_total(rank, message)
+        else:
+            self._receive_gradient(rank, message)
+
+    def _receive_total(self, rank: int, message: Message) -> None:
+        asked = self._asked.get(rank)
+        if self.phase != "snapshot" or not asked or message.step != self.epoch:
+            raise MessageError(f"worker {rank} sent a gradient sum that was not asked for")
+        parts = asked[0]
+        if message.count != sum(len(range(p, self.samples, self.options.workers)) for p in parts):
+            raise MessageError(f"worker {rank} summed {message.count} samples, not those of parts {list(parts)}")
+        total = messages.vector(message, self.numel)
+        if not math.isfinite(message.value):
+            raise CompressionError(f"the loss at snapshot {self.epoch} is {message.value}: the run diverged; lower lr")
+        asked.popleft()
+        self.traffic.count(message)
+        self._totals[parts] = message.value, total
+        self._finish_snapshot()
+
+    def _receive_gradient(self, rank: int, message: Message) -> None:
+        ticket = self._out.get(rank)
+        if ticket is None or ticket.zeta is not None or message.step != ticket.number:
+            raise MessageError(f"worker {rank} sent a gradient that was not asked for (ticket {message.step})")
+        ticket.zeta = messages.vector(message, self.numel)
+        self.traffic.count(message)
+        if message.kind in (Kind.INDICES, Kind.BITMAP):
+            self._tally.survivors.append(message.count / self.numel)
+        self._out[rank] = self._out.pop(rank)
+        self._apply_what_can_be()
+
+    def _send(self, rank: int, message: Message) -> None:
+        self.traffic.count(message)
+        self.outbox.append((rank, message))
+
+    # --- the inner loop ---
+
+    def _apply_what_can_be(self) -> None:
+        while (rank := self._next_to_apply()) is not None:
+            self._apply(rank)
+        self._issue()
+        if self._applied == self.inner_steps:
+            self._end_epoch()
+
+    def _next_to_apply(self) -> int | None:
+        for rank, ticket in self._out.items():
+            if ticket.zeta is not None and self._others_keep_their_deadlines(rank):
+                return rank
+        return None
+
+    def _others_keep_their_deadlines(self, rank: int) -> bool:
+        """If `rank`'s gradient becomes update t, the i-th of the others, earliest first, becomes t + 1 + i at best."""
+        versions = sorted(ticket.version for other, ticket in self._out.items() if other != rank)
+        return all(self.step + 1 + i <= version + self.options.tau for i, version in enumerate(versions))
+
+    def _apply(self, rank: int) -> None:
+        ticket = self._out.pop(rank)
+        delay = self.step - ticket.version
+        self.delays.append(delay)
+        self.order.append(rank)
+        self._tally.delay = max(self._tally.delay, delay)
+        assert ticket.zeta is not None
+        self.algorithm.rule.update(self.state, ticket.zeta, self.options.lr, self.prox)
+        self.step += 1
+        self._applied += 1
+        self._idle.append(rank)
+
+    def _issue(self) -> None:
+        while self._idle and self._issued < self.inner_steps and len(self._out) <= self.options.tau:
+            rank = self._idle.popleft()
+            message = self.algorithm.send_model(self.state, self.options, self.tickets, rank)
+            self._out[rank] = Ticket(self.tickets, self.step)
+            self._tally.widths.append(message.bits)
+            self._issued += 1
+            self.tickets += 1
+            self._send(rank, message)
+
+    def _end_epoch(self) -> None:
+        self.algorithm.rule.end_epoch(self.state)
+        self._finish_row()
+        self.epoch += 1
+        if self.epoch >= self.options.epochs:
+            self.state.snapshot.copy_(self.state.x)
+        if self.on_checkpoint:
+            self.on_checkpoint(self)
+        if self.epoch >= self.options.epochs:
+            self.finish("the run is complete")
+        else:
+            self._snapshot()
+
+    def _finish_row(self) -> None:
+        row, tally = self.history[-1], self._tally
+        row.model_bits = sum(tally.widths) / len(tally.widths)
+        row.survivors = sum(tally.survivors) / len(tally.survivors) if tally.survivors else None
+        row.delay = tally.delay
+
+    def finish(self, text: str, error: bool = False) -> None:
+        """Send everybody home."""
+        self.phase = "done"
+        for rank in self.active:
+            self._send(rank, messages.stop(text, error))
+
+    # --- snapshots ---
+
+    def _snapshot(self) -> None:
+        self.phase = "snapshot"
+        self._idle.clear()
+        self._totals.clear()
+        self._asked.clear()
+        self._issued = self._applied = 0
+        self._tally = _Tally()
+        self.state.snapshot.copy_(self.state.x)
+        for rank in self.active:
+            self._send(rank, messages.exact(Kind.SNAPSHOT, self.state.snapshot, self.epoch))
+        self._ask()
+
+    def _ask(self) -> None:
+        """Ask for the gradient sums that are neither here nor on their way."""
+        known = {part for parts in self._totals for part in parts}
+        known |= {part for queue in self._asked.values() for parts in queue for part in parts}
+        for rank in self.active:
+            missing = [part for part in self.parts[rank] if part not in known]
+            if missing:
+                self._asked.setdefault(rank, deque()).append(tuple(missing))
+                self._send(rank, messages.numbers(Kind.SUM, missing, self.epoch))
+
+    def _finish_snapshot(self) -> None:
+        if sum(map(len, self._totals)) < self.options.workers:
+            return
+        gradient = self.state.gradient.zero_()
+        loss = 0.0
+        for parts in sorted(self._totals):  # an order that arrivals do not change
+            loss += self._totals[parts][0]
+            gradient.add_(self._totals[parts][1])
+        gradient.div_(self.samples)
+        self._totals.clear()
+        value = loss / self.samples + self.prox.value(self.state.snapshot)
+        row = Epoch(
+            self.epoch, self.step, value, float(gradient.norm()), self.traffic.bits, self.traffic.wire_bytes
+        )
+        self.history.append(row)
+        if self.on_epoch:
+            self.on_epoch(row)
+        if self.options.target_loss is not None and value <= self.options.target_loss:
+            self.finish(f"the target loss {self.options.target_loss:g} is reached")
+            return
+        self.phase = "inner"
+        self.algorithm.rule.start_epoch(self.state)
+        self._idle.extend(self.active)
+        self._issue()
+
+    def _share_out(self, claimed: int | None = None) -> None:
+        """Give every part an owner: its own worker where active, else whoever has fewest. Tells those it concerns."""
+        before = {rank: list(parts) for rank, parts in self.parts.items()}
+        for rank in self.parts:
+            self.parts[rank] = [part for part in before[rank] if part == rank or part not in self.parts]
+        owned = {part for parts in self.parts.values() for part in parts}
+        for part in range(self.options.workers):
+            if part not in owned and self.parts:
+                rank = part if part in self.parts else min(self.active, key=lambda r: (len(self.parts[r]), r))
+                self.parts[rank].append(part)
+        for rank in self.active:
+            self.parts[rank].sort()
+            if self.parts[rank] != before[rank] or rank == claimed:
+                self._send(rank, messages.numbers(Kind.SHARD, self.parts[rank], self.epoch))
+
+    # --- checkpoints ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """At the end of an epoch: plain numbers and tensors; loads with `torch.load(..., weights_only=True)`."""
+        if self._out or self.phase == "snapshot":
+            raise CompressionError("the server's state can be saved between epochs only (on_checkpoint)")
+        return {
+            "version": 1,
+            "digest": self.options.digest(self.numel, self.samples).hex(),
+            "step": self.step,
+            "epoch": self.epoch,
+            "tickets": self.tickets,
+            "x": self.state.x.clone(),
+            "momentum": self.state.momentum.clone(),
+            "theta": self.state.theta,
+            "traffic": asdict(self.traffic),
+            "history": [asdict(row) for row in self.history],
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue, bit for bit, after the epoch that was saved; then `begin`."""
+        if saved.get("version") != 1:
+            raise CompressionError(f"a checkpoint of version {saved.get('version')!r}; this package reads 1")
+        if saved["digest"] != self.options.digest(self.numel, self.samples).hex():
+            raise MismatchError("the checkpoint is of a run with other options, another model or other data")
+        if self.phase != "waiting":
+            raise CompressionError("load a checkpoint before the run begins")
+        self.step, self.epoch, self.tickets = saved["step"], saved["epoch"], saved["tickets"]
+        self.state = State.at(saved["x"], saved["theta"])
+        self.state.momentum.copy_(saved["momentum"])
+        self.traffic = Traffic(**saved["traffic"])
+        self.history = [Epoch(**row) for row in saved["history"]]
+        if self.epoch >= self.options.epochs:
+            raise CompressionError(f"the checkpoint has done {self.epoch} epochs of {self.options.epochs}: raise epochs")
