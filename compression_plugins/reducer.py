@@ -88,8 +88,10 @@ class Reducer:
         self._elements = 0
 
     def start(self, bucket: Bucket, flat: Tensor, shards: Sequence[int] | None = None) -> Job:
-        """Start to average `flat` (fp32 [bucket.numel], left alone until the job is done) over ranks.
+        """Start to average `flat` (fp32 [bucket.numel]) over ranks.
 
+        `flat` belongs to the job from now on: it is overwritten, and the result may be it. (A fresh tensor of this size
+        for every step would cost a CPU more in page faults than most codecs do in arithmetic.)
         With `shards` (elements that each rank owns, in rank order) only this rank's shard of the result has meaning.
         Where the transport is ordered, every rank must start the same buckets in the same order.
         """

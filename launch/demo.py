@@ -44,7 +44,7 @@ class Settings:
     width: int = 2048
     evaluate_every: int = 10
     batch: int = 32
-    target: float = 0.92
+    target: float = 0.91
 
     def script_arguments(self, record: Path, interface: str) -> list[str]:
         return [

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 _GRACE_S = 5.0
 
@@ -40,23 +41,27 @@ class Job:
         cwd: Path | None = None,
     ) -> None:
         self.log = log
-        out = open(log, "ab") if log else subprocess.DEVNULL  # inherited by the children, closed here below
+        self._processes: list[subprocess.Popen[bytes]] = []
+        out: IO[bytes] | int = open(log, "ab") if log else subprocess.DEVNULL
         try:
-            self._processes = [
-                # A session of its own: Ctrl-C reaches the demo only, which then ends the whole group in order.
-                subprocess.Popen(
-                    list(command),
-                    env={**os.environ, **(env or {})},
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    cwd=cwd,
-                    start_new_session=True,
+            for command in commands:
+                self._processes.append(
+                    subprocess.Popen(
+                        list(command),
+                        env={**os.environ, **(env or {})},
+                        stdin=subprocess.DEVNULL,
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                        cwd=cwd,
+                        # A session of its own: Ctrl-C reaches the demo only, which then ends the whole group in order.
+                        start_new_session=True,
+                    )
                 )
-                for command in commands
-            ]
+        except BaseException:
+            self.kill()
+            raise
         finally:
-            if log:
+            if not isinstance(out, int):  # the children hold it open
                 out.close()
 
     def poll(self) -> bool:
@@ -77,7 +82,9 @@ class Job:
             time.sleep(0.05)
 
     def kill(self) -> None:
-        """Ends every process group: SIGTERM, then SIGKILL to what is left after five seconds."""
+        """Ends every process group: SIGTERM, then SIGKILL to what is left after five seconds. No effect on a finished job."""
+        if all(process.poll() == 0 for process in self._processes):
+            return
         for sig in (signal.SIGTERM, signal.SIGKILL):
             for process in self._processes:
                 try:

@@ -31,11 +31,8 @@ _PATTERN = re.compile(r"communication_compression_rank_(\d+)_of_(\d+)\.pt")
 def follow(session: Session) -> None:
     """Save and load with the engine. DeepSpeed writes `latest` later, so it never points at half a state."""
     engine = session.engine
-    save_original, load_original, whole_original = (
-        engine._save_checkpoint,
-        engine._load_checkpoint,
-        engine.load_checkpoint,
-    )
+    save_original, load_original = engine._save_checkpoint, engine._load_checkpoint
+    whole_original = engine.load_checkpoint
 
     @functools.wraps(save_original)
     def _save_checkpoint(save_dir: str, tag: str, *args: Any, **kwargs: Any) -> Any:

@@ -131,12 +131,10 @@ class GatheredWeights:
         own = pieces[transport.rank]
         most = max(map(len, pieces))
         bits = self._bits(mine, self._snapshots[index], own)
-        table = transport.all_gather(
-            torch.tensor(bits + [0] * (most - len(bits)), dtype=torch.int32, device=mine.device)
-        )
-        rows: list[list[int]] = table.wait().tolist()
+        widths = torch.tensor(bits + [0] * (most - len(bits)), dtype=torch.int32, device=mine.device)
+        rows: list[list[int]] = transport.all_gather(widths).wait().tolist()
         lengths = [
-            [_nbytes(piece.numel, width, mine.element_size()) for piece, width in zip(part, row)]  # noqa: B905
+            [_nbytes(piece.numel, width, mine.element_size()) for piece, width in zip(part, row, strict=False)]
             for part, row in zip(pieces, rows, strict=True)
         ]
         payload = torch.zeros(max(map(sum, lengths)), dtype=torch.uint8, device=mine.device)
@@ -153,7 +151,7 @@ class GatheredWeights:
                 slot[: raw.numel()] = raw
         received = transport.all_gather(payload).wait()
         for part, row, sizes, data in zip(pieces, rows, lengths, received, strict=True):
-            for piece, width, slot in zip(part, row, data[: sum(sizes)].split(sizes)):  # noqa: B905
+            for piece, width, slot in zip(part, row, data[: sum(sizes)].split(sizes), strict=False):
                 home = output[piece.start : piece.start + piece.numel]
                 if width:
                     home.copy_(weight_codec(width, piece.numel).decode(slot, piece.numel))

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def chunk_scatter(indices: Tensor, values: Tensor, chunk: int, numel: int) -> Tensor:
-    """Dense fp32 [numel] that is `values[i]` at place `indices[i]` of chunk i, and zero elsewhere.
+def chunk_scatter(indices: Tensor, values: Tensor, chunk: int, out: Tensor) -> Tensor:
+    """`out` (fp32 [numel]), which becomes `values[i]` at place `indices[i]` of chunk i, and zero elsewhere.
 
     Args:
         indices: int32 [ceil(numel / chunk)], offsets inside each chunk.
@@ -19,6 +19,6 @@ def chunk_scatter(indices: Tensor, values: Tensor, chunk: int, numel: int) -> Te
     """
     import torch
 
-    starts = torch.arange(0, numel, chunk, device=indices.device)
-    places = (starts + indices).clamp_(max=numel - 1)
-    return K.scatter_add(places, values, torch.zeros(numel, device=indices.device))
+    starts = torch.arange(0, out.numel(), chunk, device=indices.device)
+    places = (starts + indices).clamp_(max=out.numel() - 1)
+    return K.scatter_add(places, values, out.zero_())

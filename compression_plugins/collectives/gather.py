@@ -20,4 +20,4 @@ def gather(codec: Codec, memory: Memory | None, call: Call, x: Tensor) -> Reduct
         return (yield from reduce_scatter(codec, memory, call, x))
     payload = codec.encode(x, call.key, memory, call.residual() if memory else None)
     payloads = yield call.transport.all_gather(payload)
-    return codec.average(payloads, x.numel(), x.new_empty(x.numel()))
+    return codec.average(payloads, x.numel(), x)

@@ -33,21 +33,19 @@ def two_stage(codec: Codec, memory: Memory | None, call: Call, x: Tensor) -> Red
         key = call.key._replace(stream=call.key.stream + _SECOND_STAGE)
         slot[: codec.nbytes(own)] = codec.reduce(inbox, own, key)
     outbox = yield call.transport.all_gather(slot)
-    result = x.new_empty(x.numel())
-    for payload, numel, out in zip(outbox, shards, result.split(shards)):
+    for payload, numel, out in zip(outbox, shards, x.split(shards)):
         if numel:
             codec.decode(payload[: codec.nbytes(numel)], numel, out=out)
-    return result
+    return x
 
 
 def reduce_scatter(codec: Codec, memory: Memory | None, call: Call, x: Tensor) -> Reduction:
     """One all-to-all: each owner decodes and averages its shard; b bits an element, one rounding, any codec."""
     assert call.shards is not None
     inbox = yield from _to_owners(codec, memory, call, x, call.shards)
-    result = x.new_empty(x.numel())
-    mine = result.split(list(call.shards))[call.transport.rank]
+    mine = x.split(list(call.shards))[call.transport.rank]
     codec.average(inbox, mine.numel(), mine)
-    return result
+    return x
 
 
 def even_shards(numel: int, size: int, block: int) -> list[int]:

@@ -92,7 +92,10 @@ class Scheme(BaseModel):
         return gather if self.memory else two_stage
 
     def reduce(self, x: Tensor, call: Call) -> Reduction:
-        """Average flat fp32 `x` over ranks (with `call.shards`, only this rank's shard of the result has meaning)."""
+        """Average flat fp32 `x` over ranks (with `call.shards`, only this rank's shard of the result has meaning).
+
+        `x` may be overwritten, and may be what is returned.
+        """
         return (yield from self.collective(self.codec, self.memory, call, x))
 
     def wire_bits(self, segments: Sequence[Segment], size: int) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from .. import triton_kernels as K
-from ..memories import Memory, finite
+from ..memories import Memory, finite, zero_unless
 from ..registry import register
 from .base import Call, Phases, Reduction, Scheme, Segment, total
 
@@ -58,8 +58,8 @@ class Marsit(Scheme):
             return (yield from self._flush(x, residual, etas, call))
         healthy = finite(x)
         vote = _one_hot if self.form == "one_hot" else _ring
-        bits, healthy = yield from vote(x.where(healthy, 0), residual, healthy, call)
-        return _apply(bits, healthy, residual, etas, call)
+        bits, healthy = yield from vote(zero_unless(healthy, x), residual, healthy, call)
+        return _apply(bits, healthy, residual, etas, call, x)
 
     def _flush(self, x: Tensor, residual: Tensor, etas: list[Tensor], call: Call) -> Reduction:
         """Exact average of p; each tensor's mean |p| travels with it."""
@@ -91,15 +91,15 @@ class Marsit(Scheme):
         return 2 * (size - 1) / size * 32 * (votes * (1 - flush) + dense * flush)
 
 
-def _apply(bits: Tensor, healthy: Tensor, residual: Tensor, etas: list[Tensor], call: Call) -> Tensor:
+def _apply(bits: Tensor, healthy: Tensor, residual: Tensor, etas: list[Tensor], call: Call, out: Tensor) -> Tensor:
     """+-eta for every bit, and the compensation: the memory, which holds p, loses the aggregated update."""
     import torch
 
-    result = K.signs_expand(bits, residual.numel(), 1.0)
+    result = K.signs_expand(bits, residual.numel(), 1.0, out=out)
     pieces = list(result.split([segment.numel for segment in call.segments]))
     torch._foreach_mul_(pieces, [eta * healthy for eta in etas])  # nothing at all where some rank is unhealthy
     residual.sub_(result)
-    return result.where(healthy, torch.nan)
+    return result.mul_(torch.where(healthy, 1.0, torch.nan))
 
 
 def _one_hot(x: Tensor, residual: Tensor, mine: Tensor, call: Call) -> Phases[tuple[Tensor, Tensor]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from ..memories import Memory
+from ..memories import Memory, finite, zero_unless
 from ..registry import register
 from .base import Call, Phases, Reduction, Scheme, Segment
 
@@ -41,34 +41,37 @@ class PowerSGD(Scheme):
         import torch
 
         residual = call.residual()
-        p = _GLOBAL.compensate(x, residual)
+        healthy = finite(x)
+        p = residual.add_(zero_unless(healthy, x))  # the memory holds p until the update is known
         parts = list(p.split([segment.numel for segment in call.segments]))
         shapes = [self._matrix(segment) for segment in call.segments]
         low = [i for i, shape in enumerate(shapes) if shape]
-        dense = [i for i in range(len(parts)) if i not in set(low)]
+        dense = [i for i, shape in enumerate(shapes) if not shape]
         matrices = [parts[i].view(shapes[i]) for i in low]
         queries = [self._query(m, call, call.segments[i].name) for i, m in zip(low, matrices)]
 
-        lefts = [m @ q for m, q in zip(matrices, queries)]
-        lefts, tail = yield from _mean(call, lefts + [parts[i] for i in dense], len(low))
+        alarm = torch.where(healthy, 0.0, torch.nan).view(1)  # a rank that is not healthy makes every sum NaN
+        lefts, tail = yield from _mean(
+            call, [m @ q for m, q in zip(matrices, queries)], [parts[i] for i in dense] + [alarm]
+        )
+        *tail, alarm = tail
         lefts = [_orthogonal(left) for left in lefts]
-        rights, _ = yield from _mean(call, [m.T @ left for m, left in zip(matrices, lefts)], len(low))
+        rights, _ = yield from _mean(call, [(left.T @ m).T for m, left in zip(matrices, lefts)], [])
 
-        result = torch.empty_like(p)
-        outputs = result.split([segment.numel for segment in call.segments])
+        outputs = x.split([segment.numel for segment in call.segments])
         for i, left, right, query in zip(low, lefts, rights, queries):
             torch.mm(left, right.T, out=outputs[i].view(left.shape[0], -1))
             unit = right / right.abs().amax().clamp_min(_TINY)  # only its span matters, and it must not overflow
-            query.copy_(unit.where(unit.isfinite().all() & right.any(), query))
+            query.copy_(unit.where(alarm.isfinite() & right.any(), query))
         for i, mean in zip(dense, tail):
             outputs[i].copy_(mean)
-        _GLOBAL.update(x, residual, result)
-        return result
+        residual.sub_(zero_unless(alarm.isfinite(), x))
+        return x.add_(alarm)
 
     def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
         shapes = [self._matrix(segment) for segment in segments]
         sent = [self.rank * sum(shape) if shape else s.numel for shape, s in zip(shapes, segments)]
-        return 64 * sum(sent) * (size - 1) / size
+        return 64 * (sum(sent) + 1) * (size - 1) / size  # and one value that says whether all are finite
 
     def _matrix(self, segment: Segment) -> tuple[int, int] | None:
         """(rows, columns) of a tensor that two factors are smaller than, else None."""
@@ -89,21 +92,21 @@ class PowerSGD(Scheme):
         return call.state("query", name, first)
 
 
-def _mean(call: Call, tensors: list[Tensor], first: int) -> Phases[tuple[list[Tensor], list[Tensor]]]:
-    """All-reduce `tensors` as one; their means, split after the first `first`."""
+def _mean(call: Call, first: list[Tensor], second: list[Tensor]) -> Phases[tuple[list[Tensor], list[Tensor]]]:
+    """All-reduce two lists of tensors as one message; their means."""
     import torch
 
+    tensors = first + second
     if not tensors:
         return [], []
     flat = yield call.transport.all_reduce(torch.cat([t.reshape(-1) for t in tensors]))
     flat.div_(call.transport.size)
     means = [piece.view_as(t) for piece, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
-    return means[:first], means[first:]
+    return means[: len(first)], means[len(first) :]
 
 
 def _orthogonal(left: Tensor) -> Tensor:
-    """Orthonormal basis of the columns; a non-finite input stays so, on every rank alike."""
+    """Orthonormal basis of the columns, the same on every rank."""
     import torch
 
-    basis = torch.linalg.qr(torch.nan_to_num(left)).Q
-    return basis.where(left.isfinite().all(), left)
+    return torch.linalg.qr(torch.nan_to_num(left)).Q

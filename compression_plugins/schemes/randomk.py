@@ -45,7 +45,7 @@ class RandomK(Scheme):
         indices = (draws.to(torch.int64) * self.ratio >> 16).to(torch.int32)
         values = K.chunk_gather(x, indices, self.ratio, **ERROR_FEEDBACK.kernel_arguments(call.residual()))
         total = yield call.transport.all_reduce(values)
-        return chunk_scatter(indices, total.div_(call.transport.size), self.ratio, x.numel())
+        return chunk_scatter(indices, total.div_(call.transport.size), self.ratio, x)
 
     def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
         return 64 * -(-total(segments) // self.ratio) * (size - 1) / size

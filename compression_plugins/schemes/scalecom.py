@@ -78,7 +78,7 @@ class _Chunks:
     def scatter(self, payload: Tensor, values: Tensor) -> Tensor:
         from ..codecs.chunks import chunk_scatter
 
-        return chunk_scatter(self._unpack(payload), values, self.ratio, self.x.numel())
+        return chunk_scatter(self._unpack(payload), values, self.ratio, self.x)
 
     def _unpack(self, payload: Tensor) -> Tensor:
         return K.unpack_bits(payload, self.kept, _width(self.ratio))
@@ -115,7 +115,7 @@ class _Exact:
         return torch.empty(4 * self.kept, dtype=torch.uint8, device=self.x.device)
 
     def scatter(self, payload: Tensor, values: Tensor) -> Tensor:
-        return self.x.new_zeros(self.x.numel()).index_copy_(0, self._checked(payload), values)
+        return self.x.zero_().index_copy_(0, self._checked(payload), values)
 
     def _checked(self, payload: Tensor) -> Tensor:
         import torch

@@ -46,7 +46,7 @@ class TopK(Scheme):
         ERROR_FEEDBACK.update(x, residual, decoded)
         payload = torch.cat([indices.to(torch.int32).view(torch.uint8), values.view(torch.uint8)])
         payloads = yield call.transport.all_gather(payload)
-        result = torch.zeros_like(p)
+        result = x.zero_()
         for row in payloads:
             where = row[: 4 * k].view(torch.int32)
             K.scatter_add(where, row[4 * k :].view(torch.float32), result, weight=1 / call.transport.size)

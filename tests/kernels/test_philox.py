@@ -31,7 +31,7 @@ def halves_on_cpu(key: Key, numel: int) -> torch.Tensor:
     from compression_plugins.triton_kernels.cpu import _philox
 
     counters = -(-numel // 8)
-    out = np.empty(4 * counters, np.uint32)
+    out = np.empty(4 * (counters + 8), np.uint32)
     _philox.fill(out, counters, 0, _philox.words_of(key))
     return torch.from_numpy(out.view(np.uint16)[:numel].astype(np.int32))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import float32, int32
+from numba import float32, int32, uintp
 
 from .. import layout
 from ..layout import FP8_MAX, Memory
@@ -27,7 +27,7 @@ from ._tile import (
 )
 
 _HALF = {"bf16": BF16, "fp16": FP16}
-_MAX = np.float32(FP8_MAX)
+_MAX, _INFINITE = np.float32(FP8_MAX), np.float32(np.inf)
 _NO_PAYLOADS = np.empty(0, np.float32), np.empty(0, np.uint8), 0
 _NO_HALVES = np.empty(0, np.uint16), 0
 
@@ -38,6 +38,15 @@ def _expand_half(codes, first, kind, count, q):
         from_bf16(codes, first, count, q)
     else:
         from_fp16(codes, first, count, q)
+
+
+@jit()
+def _remember_finite(r, kept, q, start, count, sent):
+    """``r = kept - sent * q`` where q is finite."""
+    start = uintp(start)
+    for i in range(uintp(count)):
+        updated = kept[i] - sent * q[i]
+        r[start + i] = updated if abs(q[i]) < _INFINITE else r[start + i]
 
 
 @jit()
@@ -63,9 +72,7 @@ def _encode_half(x32, x16, source, in_codes, ranks, numel, kind, r, has_r, alpha
             to_fp16(p, count, codes, start, q)
         if has_r:
             _expand_half(codes, start, kind, count, q)
-            for i in range(count):
-                if np.isfinite(q[i]):
-                    r[start + i] = kept[i] - sent * q[i]
+            _remember_finite(r, kept, q, start, count, sent)
     codes[numel:] = 0
 
 

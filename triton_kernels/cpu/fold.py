@@ -7,7 +7,7 @@ import torch
 from numba import float32, uint32, uintp
 
 from ..checks import check_bit_pair, check_residual, draws_of, keep_left_below
-from ..layout import check_buffer, check_payload, words
+from ..layout import check_buffer, check_payload, result_for, words
 from ..philox import Key
 from . import _philox, _tile
 from ._bits import sign_mask, spread_mask
@@ -37,11 +37,17 @@ def sign_bits(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Te
     return _signs(x, residual, _EVERY_DRAW, None)
 
 
-def signs_expand(bits: torch.Tensor, numel: int, eta: float, residual: torch.Tensor | None = None) -> torch.Tensor:
+def signs_expand(
+    bits: torch.Tensor,
+    numel: int,
+    eta: float,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     check_payload(bits, 4 * words(numel, 1))
     if residual is not None:
         check_buffer(residual, bits, numel, "residual")
-    result = torch.empty(numel, dtype=torch.float32)
+    result = result_for(out, numel, bits, accumulate=False)
     array, has_residual = _residual(residual)
     _expand(_words(bits), result.numpy(), np.float32(eta), array, has_residual)
     return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import float32, int8, int16, int32, uint8, uint16, uint32, uintp
+from numba import float32, int8, int32, uint8, uint16, uint32, uintp
 
 from .. import layout
 from ..layout import SCALE_MAX, Memory
@@ -20,74 +20,70 @@ from ._tile import (
     float_of,
     load,
     max_magnitude_bits,
-    remember,
     store,
     sum_squares,
 )
 
 _SCALE_MAX = np.float32(SCALE_MAX)
 _NO_PAYLOADS = np.empty(0, np.float32), np.empty(0, np.uint8), 0
-_U_STEP, _U_HALF = np.float32(2.0**-16), np.float32(2.0**-17)
+# u = h * U_STEP + U_BASE, exact: (h + 1/2) / 65536, or 1/2 for every h
+_STOCHASTIC = np.float32(2.0**-16), np.float32(2.0**-17)
+_NEAREST = np.float32(0.0), np.float32(0.5)
 
 
 @jit()
-def _quantize(p, halves, stochastic, inverse, levels, count, z):
-    """``z = clip(floor(p * inverse + u), -levels, levels)``, as floats."""
-    top = float32(levels)
-    if stochastic:
-        for i in range(count):
-            z[i] = p[i] * inverse + (float32(int32(halves[i])) * _U_STEP + _U_HALF)
-    else:
-        for i in range(count):
-            z[i] = p[i] * inverse + float32(0.5)
-    for i in range(count):
-        z[i] = min(max(np.floor(z[i]), -top), top)
+def _quantize(p, halves, rounding, inverse, levels, count, target, first):
+    """``target[first + i] = clip(floor(p * inverse + u), -levels, levels)``; target is int8 or int16."""
+    u_step, u_base = rounding
+    first = uintp(first)
+    for i in range(uintp(count)):
+        v = p[i] * inverse + (float32(int32(halves[i])) * u_step + u_base)
+        target[first + i] = int32(min(max(np.floor(v), -levels), levels))
 
 
 @jit()
-def _pack(z, narrow, count, bits, codes, first):
-    """Codes of one tile into ``codes[first:]``, padded with zeros to a whole word; changes z beyond ``count``."""
-    padded = (count * bits + 31) // 32 * 32 // bits
-    for i in range(count, padded):
-        z[i] = float32(0)
-    first, total = uintp(first), uintp(padded)
-    if bits == 16:
-        wide = codes.view(np.int16)
-        first >>= uintp(1)
-        for i in range(total):
-            wide[first + i] = int16(int32(z[i]))
+def _remember(r, kept, source, first, step, start, count, sent):
+    """``r = kept - sent * (code * step)``."""
+    start, first = uintp(start), uintp(first)
+    for i in range(uintp(count)):
+        r[start + i] = kept[i] - sent * (float32(int32(source[first + i])) * step)
+
+
+@jit()
+def _write(target, first, given, memory):
+    """Codes of one tile to ``target[first:]``, zeros if it is not finite, and its memory."""
+    p, halves, rounding, inverse, levels, count, finite = given
+    has_r, r, kept, step, start, sent = memory
+    if not finite:
+        for i in range(count):
+            target[first + i] = 0
         return
-    if bits == 8:
-        for i in range(total):
-            codes[first + i] = uint8(int8(int32(z[i])))
-        return
-    for i in range(total):
-        narrow[i] = uint8(int8(int32(z[i])))
+    _quantize(p, halves, rounding, inverse, levels, count, target, first)
+    if has_r:
+        _remember(r, kept, target, first, step, start, count, sent)
+
+
+@jit()
+def _pack(narrow, count, bits, codes, first):
+    """Codes of 2 or 4 bits, one a byte, into ``codes[first:]``; changes ``narrow`` beyond ``count``."""
+    for i in range(count, (count + 3) // 4 * 4):
+        narrow[i] = 0
+    first = uintp(first)
     if bits == 4:
         pairs = narrow.view(np.uint16)
-        for i in range(uintp(padded // 2)):
+        for i in range(uintp((count + 1) // 2)):
             codes[first + i] = uint8((pairs[i] & uint16(0xF)) | ((pairs[i] >> uint16(4)) & uint16(0xF0)))
     else:
         quads = narrow.view(np.uint32)
-        for i in range(uintp(padded // 4)):
+        for i in range(uintp((count + 3) // 4)):
             v = quads[i] & uint32(0x03030303)
             codes[first + i] = uint8(v | (v >> uint32(6)) | (v >> uint32(12)) | (v >> uint32(18)))
 
 
 @jit()
-def _expand(codes, narrow, first, count, bits, step, q):
-    """``q = code * step`` of the ``count`` codes in ``codes[first:]``."""
-    first, total = uintp(first), uintp(count)
-    if bits == 16:
-        wide = codes.view(np.int16)
-        first >>= uintp(1)
-        for i in range(total):
-            q[i] = float32(int32(wide[first + i])) * step
-        return
-    if bits == 8:
-        for i in range(total):
-            q[i] = float32(int32(int8(codes[first + i]))) * step
-        return
+def _unpack(codes, first, count, bits, narrow):
+    """Inverse of `_pack`, with the signs extended; writes up to the next multiple of four codes."""
+    first = uintp(first)
     if bits == 4:
         pairs = narrow.view(np.uint16)
         for i in range(uintp((count + 1) // 2)):
@@ -99,9 +95,28 @@ def _expand(codes, narrow, first, count, bits, step, q):
             v = uint32(codes[first + i])
             v = v | (v << uint32(6)) | (v << uint32(12)) | (v << uint32(18))
             quads[i] = v & uint32(0x03030303)
-    half = int32(1 << (bits - 1))
-    for i in range(total):
-        q[i] = float32(int32((int32(narrow[i]) ^ half) - half)) * step
+    half = int8(1 << (bits - 1))
+    for i in range(uintp(count)):
+        narrow[i] = int8(int8(narrow[i] ^ half) - half)
+
+
+@jit()
+def _scale_codes(source, first, count, step, q):
+    first = uintp(first)
+    for i in range(uintp(count)):
+        q[i] = float32(int32(source[first + i])) * step
+
+
+@jit()
+def _expand(codes, narrow, first, count, bits, step, q):
+    """``q = code * step`` of the ``count`` codes in the bytes ``codes[first:]``."""
+    if bits == 16:
+        _scale_codes(codes.view(np.int16), first // 2, count, step, q)
+    elif bits == 8:
+        _scale_codes(codes.view(np.int8), first, count, step, q)
+    else:
+        _unpack(codes, first, count, bits, narrow)
+        _scale_codes(narrow, 0, count, step, q)
 
 
 @jit()
@@ -118,7 +133,7 @@ def _mean(scales, codes, ranks, narrow, blocks, start, block, count, bits, level
 
 @jit()
 def _encode(
-    x32, x16, kind, in_scales, in_codes, ranks, numel, block, bits, l2, stochastic, words,
+    x32, x16, kind, in_scales, in_codes, ranks, numel, block, bits, l2, rounding, words,
     r, has_r, alpha, decay, sent, scales, codes,
 ):  # fmt: skip
     """Encodes x or, if ``ranks`` > 0, the average of that many payloads.
@@ -127,11 +142,14 @@ def _encode(
     """
     blocks = (numel + block - 1) // block
     tile = min(block, TILE)
-    p, q, z = np.empty(tile, np.float32), np.empty(tile, np.float32), np.empty(tile, np.float32)
+    p, q = np.empty(tile, np.float32), np.empty(tile, np.float32)
     kept = p if alpha == decay else np.empty(tile, np.float32)
-    narrow, random = np.empty(tile, np.uint8), np.empty(tile // 2, np.uint32)
+    narrow, small, wide = np.empty(tile, np.int8), codes.view(np.int8), codes.view(np.int16)
+    random = np.zeros((tile + 63) // 64 * 32, np.uint32)
     halves = random.view(np.uint16)
+    stochastic = rounding[0] > 0
     levels = float32((1 << (bits - 1)) - 1)
+    codes[4 * blocks + numel * bits // 8 :] = 0  # the padding; a last code that shares its byte is written below
 
     def fetch(start, count):
         if ranks:
@@ -165,24 +183,25 @@ def _encode(
             count = min(tile, last - start)
             if last - first > tile:  # else the tile is still there
                 fetch(start, count)
-            if finite:
-                if stochastic:
-                    _philox.fill(random, (count + 7) // 8, start // 8, words)
-                _quantize(p, halves, stochastic, inverse, levels, count, z)
-                if has_r:
-                    for i in range(count):
-                        q[i] = z[i] * step
-                    remember(r, kept, q, start, count, sent)
+            if stochastic and finite:
+                _philox.fill(random, (count + 7) // 8, start // 8, words)
+            place = 4 * blocks + start * bits // 8
+            given = (p, halves, rounding, inverse, levels, count, finite)
+            memory = (has_r, r, kept, step, start, sent)
+            if bits == 16:
+                _write(wide, place // 2, given, memory)
+            elif bits == 8:
+                _write(small, place, given, memory)
             else:
-                z[:count] = float32(0)
-            _pack(z, narrow, count, bits, codes, 4 * blocks + start * bits // 8)
+                _write(narrow, 0, given, memory)
+                _pack(narrow, count, bits, codes, place)
 
 
 @jit()
 def _decode(scales, codes, numel, block, bits, out, weight, accumulate):
     blocks = (numel + block - 1) // block
     tile = min(block, TILE)
-    q, narrow = np.empty(tile, np.float32), np.empty(tile, np.uint8)
+    q, narrow = np.empty(tile, np.float32), np.empty(tile, np.int8)
     levels = float32((1 << (bits - 1)) - 1)
     for b in range(blocks):
         last = min((b + 1) * block, numel)
@@ -196,7 +215,7 @@ def _decode(scales, codes, numel, block, bits, out, weight, accumulate):
 def _apply(scales, codes, numel, block, bits, param, m, has_m, lr, momentum):
     blocks = (numel + block - 1) // block
     tile = min(block, TILE)
-    q, narrow = np.empty(tile, np.float32), np.empty(tile, np.uint8)
+    q, narrow = np.empty(tile, np.float32), np.empty(tile, np.int8)
     levels = float32((1 << (bits - 1)) - 1)
     for b in range(blocks):
         last = min((b + 1) * block, numel)
@@ -204,6 +223,11 @@ def _apply(scales, codes, numel, block, bits, param, m, has_m, lr, momentum):
             count = min(tile, last - start)
             _expand(codes, narrow, 4 * blocks + start * bits // 8, count, bits, scales[b] / levels, q)
             descend(q, param, m, has_m, start, count, lr, momentum)
+
+
+def _draws(rounding, key):
+    """``(factors that make u of random bits, words of the key)``."""
+    return (_STOCHASTIC, _philox.words_of(key)) if rounding == "stochastic" else (_NEAREST, _philox.words_of(None))
 
 
 def _views(payload):
@@ -221,7 +245,7 @@ def uniform_encode(
     layout.check_input(x, memory)
     numel = x.numel()
     out = layout.payload_for(out, layout.uniform_bytes(numel, bits, block), x)
-    settings = numel, block, bits, scale == "l2", rounding == "stochastic", _philox.words_of(key)
+    settings = numel, block, bits, scale == "l2", *_draws(rounding, key)
     _encode(*_tile.source(x), *_NO_PAYLOADS, *settings, *_tile.factors(memory), *_views(out))
     return out
 
@@ -244,7 +268,7 @@ def uniform_reduce(
     layout.check_payloads(payloads, layout.uniform_bytes(numel, bits, block))
     layout.check_residual(memory, payloads, numel)
     out = layout.payload_for(out, layout.uniform_bytes(numel, bits, block), payloads)
-    settings = numel, block, bits, scale == "l2", rounding == "stochastic", _philox.words_of(key)
+    settings = numel, block, bits, scale == "l2", *_draws(rounding, key)
     given = *_views(payloads), len(payloads)
     _encode(*_tile.NO_SOURCE, *given, *settings, *_tile.factors(memory), *_views(out))
     return out

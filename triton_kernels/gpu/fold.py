@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..checks import check_bit_pair, check_residual, draws_of, keep_left_below
-from ..layout import check_buffer, check_payload, words
+from ..layout import check_buffer, check_payload, result_for, words
 from ..philox import Key
 from ._philox import KEY_ARGUMENTS, uniform16, words_of
 from ._tile import compensate, load_x
@@ -98,11 +98,17 @@ def sign_bits(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Te
     return _signs(x, residual, _EVERY_DRAW, None)
 
 
-def signs_expand(bits: torch.Tensor, numel: int, eta: float, residual: torch.Tensor | None = None) -> torch.Tensor:
+def signs_expand(
+    bits: torch.Tensor,
+    numel: int,
+    eta: float,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     check_payload(bits, 4 * words(numel, 1))
     if residual is not None:
         check_buffer(residual, bits, numel, "residual")
-    result = torch.empty(numel, dtype=torch.float32, device=bits.device)
+    result = result_for(out, numel, bits, accumulate=False)
     r = result if residual is None else residual.detach()
     _launch(_expand, bits, numel, bits.view(torch.int32), result, r, numel, float(eta), HAS_R=residual is not None)
     return result

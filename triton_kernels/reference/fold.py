@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 
 from ..checks import check_bit_pair, check_residual, draws_of, keep_left_below
-from ..layout import check_buffer, check_payload, words
+from ..layout import check_buffer, check_payload, result_for, words
 from ..philox import Key, uniform16
 from .pack import from_words, to_words
 
@@ -79,13 +79,20 @@ def sign_bits(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Te
     return to_words(_compensated(x, residual) >= 0, 1).view(torch.uint8)
 
 
-def signs_expand(bits: torch.Tensor, numel: int, eta: float, residual: torch.Tensor | None = None) -> torch.Tensor:
+def signs_expand(
+    bits: torch.Tensor,
+    numel: int,
+    eta: float,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """``+eta`` for bit 1, ``-eta`` for bit 0; ``r <- r - result``, Marsit's global compensation.
 
     Args:
         bits: uint8 [4 * ceil(numel / 32)].
         eta: step size, rounded to fp32.
         residual: fp32 [numel] or None, holding p; what the merged signs did not say stays in it.
+        out: fp32 [numel] for the result, or None.
 
     Returns:
         fp32 [numel].
@@ -94,7 +101,8 @@ def signs_expand(bits: torch.Tensor, numel: int, eta: float, residual: torch.Ten
     if residual is not None:
         check_buffer(residual, bits, numel, "residual")
     signs = 2 * from_words(bits.view(torch.int32), numel, 1) - 1
-    result = signs.to(torch.float32) * eta
+    result = result_for(out, numel, bits, accumulate=False)
+    torch.mul(signs.to(torch.float32), eta, out=result)
     if residual is not None:
         residual.sub_(result)
     return result

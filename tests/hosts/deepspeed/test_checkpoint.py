@@ -9,11 +9,14 @@ from .job import run_cases
 from .test_training import BASE, BF16, zero
 
 SCALECOM = {"scheme": "scalecom", "ratio": 20, "beta": 0.5, "min_numel": 0}
+DOUBLE = {"scheme": "double_quantization", "min_numel": 0, "mu": 2.0, "snapshot_steps": 3}
 CONFIGS = {
     "stage 0, scalecom": {"communication_compression": SCALECOM},
     "stage 1, ef_signsgd": {**zero(1), "communication_compression": {"scheme": "ef_signsgd", "min_numel": 0}},
     "stage 2, powersgd": {**zero(2), "communication_compression": {"scheme": "powersgd", "min_numel": 0}},
     "stage 2, qsgd, bf16": {**zero(2), **BF16, "communication_compression": {"scheme": "qsgd", "min_numel": 0}},
+    "stage 0, double_quantization": {"communication_compression": DOUBLE},
+    "stage 2, double_quantization": {**zero(2), "communication_compression": DOUBLE},
 }
 SAVED, END = 4, 8
 

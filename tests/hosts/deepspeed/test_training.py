@@ -47,6 +47,7 @@ SCHEMES = {
     "scalecom": {"scheme": "scalecom", "ratio": 20, "min_numel": 0},
     "qsgd": {"scheme": "qsgd", "bits": 4, "min_numel": 0},
 }
+DOUBLE = {"scheme": "double_quantization", "bits": 8, "min_numel": 0}
 
 
 def case(config: dict, block: dict | None = None, steps: int = 4, **more) -> dict:
@@ -76,6 +77,11 @@ def training(tmp_path_factory):
     for stage in (1, 2):
         cases[f"overflow {stage}"] = case({**zero(stage), **FP16}, block, steps=8, overflow=3)
         cases[f"left out {stage}"] = case({**zero(stage), **FP16}, block, steps=8, leave_out=3)
+    for stage in (0, 1, 2):
+        cases[f"exact gradients {stage}"] = case(zero(stage), {**DOUBLE, "weights": False}, steps=6)
+        cases[f"exact weights {stage}"] = case(zero(stage), {**DOUBLE, "mu": 1e-14}, steps=6)
+        cases[f"double {stage}"] = case(zero(stage), {**DOUBLE, "mu": 2.0, "snapshot_steps": 4}, steps=8)
+    cases["double bf16 1"] = case({**zero(1), **BF16, **ACCUMULATE}, {**DOUBLE, "mu": 2.0}, steps=8)
     cases["warm-up"] = case(zero(2), {**block, "warmup_steps": 4})
     cases["disabled"] = case(zero(2), {**block, "enabled": False})
     return run_cases(tmp_path_factory.mktemp("training"), cases, timeout=280)
@@ -127,6 +133,24 @@ def test_an_fp16_overflow_is_skipped_on_every_rank_and_leaves_no_trace(training,
         for name, pieces in without["residuals"].items():
             for start, residual in pieces.items():  # in units of the unscaled loss, although the scale was halved
                 torch.testing.assert_close(with_overflow["residuals"][name][start], residual, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_double_quantization_computes_with_quantized_weights_and_steps_exact_ones(training, stage):
+    plain, exact = training[f"exact gradients {stage}"][0], training[f"exact weights {stage}"][0]
+    assert torch.equal(plain["weights"], exact["weights"])  # an error of nothing allowed: the weights themselves
+    double = training[f"double {stage}"][0]
+    assert double["losses"][-1] < double["losses"][0]
+    # Steps 0 and 4 are snapshots, so the last step left quantized weights: the embedding takes few values.
+    embedding, master = double["weights"][: 64 * 48], double["master"][: 64 * 48]
+    assert embedding.unique().numel() < 64 * 48 / 2 < master.unique().numel()
+    assert 0 < (embedding - master).abs().max() < 0.05
+
+
+def test_the_weights_of_zero_travel_as_codes(training):
+    gradients, both = training["exact gradients 2"][0]["sent"] / 6, training["double 2"][0]["sent"] / 8
+    partition = 4 * training["double 2"][0]["weights"].numel() / 2  # bytes of fp32 that a rank would send
+    assert 0.1 * partition < both - gradients < 0.6 * partition
 
 
 def test_warm_up_none_and_disabled_are_deepspeeds_own_all_reduce(training):

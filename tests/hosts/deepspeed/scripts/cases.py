@@ -33,6 +33,14 @@ class Network(torch.nn.Module):
         return self.head(h + self.second(torch.relu(self.first(h))))
 
 
+def master(network: torch.nn.Module, session) -> torch.Tensor:
+    """The weights that the optimizer holds, where they are not those of the network."""
+    if session.weights is None:
+        return torch.empty(0)
+    with session.weights.exact():
+        return torch.cat([p.detach().float().view(-1) for p in network.parameters()])
+
+
 def train(case: dict) -> dict:
     torch.manual_seed(0)
     network = Network()
@@ -80,6 +88,7 @@ def train(case: dict) -> dict:
             "dense": session.gradient_bytes,
             "step": session.reducer.step,
             "residuals": residuals,
+            "master": master(network, session),
         }
     engine.destroy()
     return report
