@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -193,6 +194,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (JobError, FileNotFoundError) as error:
         console.print(str(error), style="red", markup=False)
         return 1
+    except KeyboardInterrupt:
+        console.print("interrupted: jobs ended, network removed")
+        return 130
     report = Report(results, str(Machine.here()), lab.description, settings.target, settings.job())
     saved = {**report.__dict__, "results": [r.to_dict() for r in results]}
     (args.out / "results.json").write_text(json.dumps(saved, indent=1))
@@ -205,4 +209,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends jobs and network as Ctrl-C does
     sys.exit(main())

@@ -82,7 +82,7 @@ class Job:
             time.sleep(0.05)
 
     def kill(self) -> None:
-        """Ends every process group: SIGTERM, then SIGKILL to what is left after five seconds. No effect on a finished job."""
+        """Ends every process group: SIGTERM, and SIGKILL after five seconds. Does nothing to a job that ended well."""
         if all(process.poll() == 0 for process in self._processes):
             return
         for sig in (signal.SIGTERM, signal.SIGKILL):

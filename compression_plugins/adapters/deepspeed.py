@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from .. import __version__
-from ..config import Config
+from ..config import Config, read_document
 from ..errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -68,32 +65,8 @@ def parse(block: Any) -> Config | None:
 # ---------------------------------------------------------------- the config
 
 
-class _Yaml12(yaml.SafeLoader):
-    """YAML with numbers as in JSON: YAML 1.1 reads `1e-3` as text."""
-
-
-_Yaml12.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_FLOAT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
-_Yaml12.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-
-
 def _is_yaml(config: Any) -> bool:
     return isinstance(config, (str, Path)) and str(config).lower().endswith((".yaml", ".yml"))
-
-
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """A DeepSpeed config file in YAML as the dict that DeepSpeed accepts."""
-    try:
-        document = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Yaml12)  # noqa: S506 - a SafeLoader
-    except OSError as error:
-        raise ConfigError(f"cannot read the DeepSpeed config {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"the DeepSpeed config {path} is not UTF-8 text (byte {error.start})") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the DeepSpeed config {path} is not plain YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict):
-        raise ConfigError(f"the DeepSpeed config {path} must hold a mapping, not {type(document).__name__}")
-    return document
 
 
 def _wrap_loader(module: Any) -> None:
@@ -101,7 +74,7 @@ def _wrap_loader(module: Any) -> None:
 
     @functools.wraps(original)
     def load_ds_config(config: Any) -> dict[str, Any]:
-        return load_yaml(config) if _is_yaml(config) else original(config)
+        return read_document(config) if _is_yaml(config) else original(config)
 
     module.load_ds_config = load_ds_config
 
@@ -111,7 +84,7 @@ def _wrap_config(cls: Any) -> None:
 
     @functools.wraps(original)
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, load_yaml(config) if _is_yaml(config) else config, *args, **kwargs)
+        original(self, read_document(config) if _is_yaml(config) else config, *args, **kwargs)
         block = self._param_dict.get(BLOCK)
         self.communication_compression = None if block is None else parse(block)
         if self.communication_compression is None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from .. import triton_kernels as K
+from ..codecs.largest import largest
 from ..memories import Memory, finite
 from ..registry import register
 from .base import Call, Reduction, Scheme, Segment, total
@@ -97,7 +98,7 @@ class _Exact:
     def select(self) -> tuple[Tensor, Tensor]:
         import torch
 
-        indices = self.p.abs().topk(self.kept, sorted=False).indices.to(torch.int32)
+        indices = largest(self.p, self.kept).to(torch.int32)
         payload = indices.view(torch.uint8)
         return payload, self.gather(payload)
 

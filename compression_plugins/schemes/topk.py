@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from .. import triton_kernels as K
+from ..codecs.largest import largest
 from ..memories import ERROR_FEEDBACK, Memory, finite
 from ..registry import register
 from .base import Call, Reduction, Scheme, Segment, total
@@ -39,7 +40,7 @@ class TopK(Scheme):
         p = ERROR_FEEDBACK.compensate(x, residual)
         p = p.where(finite(p), torch.nan)
         k = self._kept(x.numel())
-        indices = p.abs().topk(k, sorted=False).indices
+        indices = largest(p, k)
         values = p[indices]
         decoded = torch.zeros_like(p)
         decoded[indices] = values

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,30 @@ def test_both_host_frameworks_are_given_the_same_file(tmp_path: Path) -> None:
     assert config["communication_compression"] == {"file": demo.config_of("scalecom")}
     demo.start_deepspeed(Lab(), "none", demo.QUICK, tmp_path)  # type: ignore[arg-type]
     assert "communication_compression" not in json.loads((tmp_path / "ds_config.json").read_text())
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_ends_its_ranks(tmp_path: Path, sig: signal.Signals) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "launch.demo",
+        "--quick",
+        "--steps",
+        "100000",
+        "--loopback",
+        "--out",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(command, cwd=demo.ROOT, stdout=subprocess.PIPE, text=True)
+    record = tmp_path / "runs/horovod-none/rank1.jsonl"
+    limit = time.monotonic() + 120
+    while not record.exists() and time.monotonic() < limit:
+        time.sleep(0.2)
+    process.send_signal(sig)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in output
+    size = record.stat().st_size
+    time.sleep(2)
+    assert record.stat().st_size == size, "a rank still trains"

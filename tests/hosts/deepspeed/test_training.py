@@ -80,7 +80,7 @@ def training(tmp_path_factory):
     for stage in (0, 1, 2):
         cases[f"exact gradients {stage}"] = case(zero(stage), {**DOUBLE, "weights": False}, steps=6)
         cases[f"exact weights {stage}"] = case(zero(stage), {**DOUBLE, "mu": 1e-14}, steps=6)
-        cases[f"double {stage}"] = case(zero(stage), {**DOUBLE, "mu": 2.0, "snapshot_steps": 4}, steps=8)
+        cases[f"double {stage}"] = case(zero(stage), {**DOUBLE, "mu": 200.0, "snapshot_steps": 4}, steps=8)
     cases["double bf16 1"] = case({**zero(1), **BF16, **ACCUMULATE}, {**DOUBLE, "mu": 2.0}, steps=8)
     cases["warm-up"] = case(zero(2), {**block, "warmup_steps": 4})
     cases["disabled"] = case(zero(2), {**block, "enabled": False})
@@ -141,10 +141,10 @@ def test_double_quantization_computes_with_quantized_weights_and_steps_exact_one
     assert torch.equal(plain["weights"], exact["weights"])  # an error of nothing allowed: the weights themselves
     double = training[f"double {stage}"][0]
     assert double["losses"][-1] < double["losses"][0]
-    # Steps 0 and 4 are snapshots, so the last step left quantized weights: the embedding takes few values.
+    # Steps 0 and 4 are snapshots, so the last step left quantized weights: the embedding takes 8-bit values.
     embedding, master = double["weights"][: 64 * 48], double["master"][: 64 * 48]
-    assert embedding.unique().numel() < 64 * 48 / 2 < master.unique().numel()
-    assert 0 < (embedding - master).abs().max() < 0.05
+    assert embedding.unique().numel() <= 255 < master.unique().numel()
+    assert (embedding - master).abs().max() <= master.abs().max() / 127
 
 
 def test_the_weights_of_zero_travel_as_codes(training):
