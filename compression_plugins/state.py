@@ -57,13 +57,12 @@ class State:
 
     def norm(self) -> float:
         """Euclidean norm of all residuals."""
-        squares = [flat.double().square().sum() for flat in self._flats.values()]
-        return float(torch.stack([s.cpu() for s in squares]).sum().sqrt()) if squares else 0.0
+        squares = [piece.double().square().sum().cpu() for piece in self._all_pieces()]
+        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
     def nbytes(self) -> int:
         """Bytes held."""
-        held = [*self._flats.values(), *self.tensors.values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self._all_pieces(), *self.tensors.values()))
 
     def state_dict(self) -> dict[str, Any]:
         residuals = {name: {start: p.clone() for start, p in pieces.items()} for name, pieces in self._pieces.items()}
@@ -80,6 +79,9 @@ class State:
         self.tensors = {
             (slot, name): t.clone() for slot, named in saved["tensors"].items() for name, t in named.items()
         }
+
+    def _all_pieces(self) -> list[Tensor]:
+        return [piece for pieces in self._pieces.values() for piece in pieces.values()]
 
     def _move(self, segment: Segment, home: Tensor) -> None:
         """Let `home` be the place of `segment`, taking over what other places hold of it."""

@@ -57,16 +57,18 @@ class QuantizedWeights:
         self._parameters = dict(parameters)
         self._exact: dict[str, Tensor] = {}
         self._snapshots: dict[str, Tensor] = {}
-        self._versions: dict[str, int] = {}
+        self._marks: dict[str, Tensor] = {}
         self.bits: dict[str, int | None] = {}
 
     @torch.no_grad()
     def restore(self) -> None:
         """Before the optimizer's step: put the exact weights back. Weights that someone has overwritten since stay."""
-        for name, exact in self._exact.items():
-            parameter = self._parameters[name]
-            if parameter._version == self._versions[name]:
-                parameter.copy_(exact)
+        if self._exact:
+            now = torch.stack([self._mark(name) for name in self._exact])
+            same = (now == torch.stack([self._marks[name] for name in self._exact])).all(1).tolist()
+            for (name, exact), untouched in zip(self._exact.items(), same):
+                if untouched:
+                    self._parameters[name].copy_(exact)
         self._exact.clear()
 
     @torch.no_grad()
@@ -87,7 +89,11 @@ class QuantizedWeights:
             codec = weight_codec(bits, flat.numel())
             payload = codec.encode(flat, K.Key(self.seed, number, step, 0, stream=1 << 30))
             p.copy_(codec.decode(payload, flat.numel()).view_as(p))
-            self._versions[name] = p._version
+            self._marks[name] = self._mark(name)
+
+    def _mark(self, name: str) -> Tensor:
+        """By which overwritten weights are told; a broadcast from C++ leaves no trace but in the values themselves."""
+        return K.stats(self._parameters[name].detach().reshape(-1))
 
     def state_dict(self) -> dict[str, Any]:
         return {"exact": {n: t.clone() for n, t in self._exact.items()}, "snapshots": dict(self._snapshots)}
@@ -97,4 +103,4 @@ class QuantizedWeights:
         """Call after the model's own weights are loaded."""
         self._exact = {name: tensor.clone() for name, tensor in saved["exact"].items()}
         self._snapshots = {name: tensor.clone() for name, tensor in saved["snapshots"].items()}
-        self._versions = {name: self._parameters[name]._version for name in self._exact}
+        self._marks = {name: self._mark(name) for name in self._exact}

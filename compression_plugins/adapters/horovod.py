@@ -63,13 +63,13 @@ class SchemeCompressor(Compressor):
     def __init__(self, **parameters: Any) -> None:
         self.config = Config.load(self.scheme, parameters) if self.scheme else Config.load(parameters)
 
-    def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:  # type: ignore[override]
+    def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
         raise UnsupportedError(
             f"compression {self.config.scheme.name!r} keeps memory for each parameter and owns its collective; plain "
             "Horovod operations cannot use it: pass it to hvd.DistributedOptimizer(compression=...)"
         )
 
-    def decompress(self, tensor: Tensor, ctx: Any) -> Tensor:  # type: ignore[override]
+    def decompress(self, tensor: Tensor, ctx: Any) -> Tensor:
         """What the reducer returned is the gradient already."""
         return tensor
 

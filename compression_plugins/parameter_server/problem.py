@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -112,15 +113,33 @@ class Problem:
         return self._loss_fn(self._model(batch[0]), batch[1])  # type: ignore[misc]
 
     def _differentiate(self, batch: Any, seed: int) -> tuple[float, Tensor]:
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+        with seeded(seed, self.device):
             loss = self._value(batch)
         if loss.numel() != 1:
             raise CompressionError(f"the loss has shape {tuple(loss.shape)}; it must be the mean over the batch, a scalar")
         found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(self._parameters, found)]
         return float(loss.detach()), flatten(gradients)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers of torch from `seed`, and as they were afterwards.
+
+    Not `torch.manual_seed`: it formats a stack trace for every kind of device that is not in use.
+    """
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        torch.cuda.init()
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states):
+            generator.set_state(state)
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:

@@ -61,8 +61,7 @@ def test_weights_that_somebody_overwrote_are_kept() -> None:
     parameter = torch.nn.Parameter(torch.randn(100))
     weights = QuantizedWeights(DoubleQuantization(), [("w", parameter)])
     train(parameter, weights, 3)
-    with torch.no_grad():
-        parameter.fill_(7.0)
+    parameter.data.numpy().fill(7.0)  # as from C++: torch's version counter does not move
     weights.restore()
     assert (parameter == 7).all()
 

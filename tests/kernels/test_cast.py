@@ -11,6 +11,9 @@ from compression_plugins.errors import CompressionError
 from . import dense_checks as checks
 
 ALL = ("reference", *checks.FAST)
+
+# NumPy, on which Triton's interpreter runs, warns where a kernel divides by a zero scale before it selects.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 KINDS = ("bf16", "fp16", "fp8")
 BLOCK = 64
 DAMPED = checks.MEMORIES["damped"]
@@ -34,13 +37,13 @@ def test_any_float_dtype_and_stride_is_read(implementation, kind, memory, dtype,
 @pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("block", [32, 96, 4096, 4128, 10_016])
 def test_any_multiple_of_32_is_a_block_of_fp8(implementation, block):
-    checks.check_cast(implementation, 9001, "fp8", block, DAMPED)
+    checks.check_cast(implementation, 5003, "fp8", block, DAMPED)
 
 
 @pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("numel, block", [(1, 64), (1009, 64), (9001, 5024)])
+@pytest.mark.parametrize("numel, block", [(1, 64), (1009, 64), (4999, 4128)])
 def test_reduce_is_decode_average_encode(implementation, kind, ranks, numel, block):
     checks.check_reduce("cast", implementation, numel, block, ranks, DAMPED, kind)
 

@@ -29,14 +29,14 @@ def test_any_float_dtype_and_stride_is_read(implementation, dtype, stride, numel
 
 
 @pytest.mark.parametrize("implementation", ALL)
-@pytest.mark.parametrize("block", [32, 96, 2048, 4096, 4128, 10_016])
+@pytest.mark.parametrize("block", [32, 96, 4096, 4128, 10_016])
 def test_any_multiple_of_32_is_a_block(implementation, block):
-    checks.check_sign(implementation, 9001, block, (0.3, 0.9, 0.7))
+    checks.check_sign(implementation, 5003, block, (0.3, 0.9, 0.7))
 
 
 @pytest.mark.parametrize("implementation", ALL)
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("numel, block", [(1, 64), (1009, 64), (9001, 5024)])
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("numel, block", [(1, 64), (1009, 64), (4999, 4128)])
 def test_reduce_is_decode_average_encode(implementation, ranks, numel, block):
     checks.check_reduce("sign", implementation, numel, block, ranks)
     checks.check_reduce("sign", implementation, numel, block, ranks, (0.3, 0.9, 0.7))

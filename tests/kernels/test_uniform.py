@@ -11,6 +11,9 @@ from compression_plugins.errors import CompressionError
 from . import dense_checks as checks
 
 ALL = ("reference", *checks.FAST)
+
+# NumPy, on which Triton's interpreter runs, warns where a kernel divides by a zero scale before it selects.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 BLOCK = 64
 DAMPED = checks.MEMORIES["damped"]
 
@@ -37,15 +40,15 @@ def test_any_float_dtype_and_stride_is_read(implementation, dtype, stride):
 
 
 @pytest.mark.parametrize("implementation", ALL)
-@pytest.mark.parametrize("block", [32, 96, 2048, 4096, 4128, 10_016])
+@pytest.mark.parametrize("block", [32, 96, 4096, 4128, 10_016])
 def test_any_multiple_of_32_is_a_block(implementation, block):
-    checks.check_uniform(implementation, 9001, 4, block, "absmax", "stochastic", DAMPED)
-    checks.check_uniform(implementation, 9001, 8, block, "l2", "nearest", DAMPED)
+    checks.check_uniform(implementation, 5003, 4, block, "absmax", "stochastic", DAMPED)
+    checks.check_uniform(implementation, 5003, 8, block, "l2", "nearest", DAMPED)
 
 
 @pytest.mark.parametrize("implementation", ALL)
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("numel, block", [(1, 64), (1009, 64), (9001, 5024)])
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("numel, block", [(1, 64), (1009, 64), (4999, 4128)])
 def test_reduce_is_decode_average_encode(implementation, ranks, numel, block):
     checks.check_reduce("uniform", implementation, numel, block, ranks)
     checks.check_reduce("uniform", implementation, numel, block, ranks, DAMPED)
