@@ -16,7 +16,7 @@ error-feedback memory is fused into every encoder (four numbers cover the publis
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the names below are made on first use; this is how editors and type checkers find them
     from . import layout
@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     if name == "layout":

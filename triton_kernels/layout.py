@@ -92,7 +92,7 @@ def check_width(width: int) -> None:
         raise CompressionError(f"width must be 1 to 16 bits, got {width}")
 
 
-def check_uniform(bits: int, block: int, key, scale: str, rounding: str) -> None:
+def check_uniform(bits: int, block: int, key: object, scale: str, rounding: str) -> None:
     check_bits(bits)
     check_block(block)
     if scale not in SCALES:

@@ -55,8 +55,8 @@ class Key(NamedTuple):
             raise CompressionError(f"a Philox key is made of non-negative integers, got {self}")
         if self.offset % LANES:
             raise CompressionError(f"the offset of a Philox key must be a multiple of {LANES}, got {self.offset}")
-        ordered = (self.seed, self.tensor, self.offset // LANES, self.step, self.rank, self.stream)
-        return tuple(int(word) & MASK for word in ordered)
+        seed, tensor, step, rank, stream, offset = (int(field) for field in self)
+        return seed & MASK, tensor & MASK, offset // LANES & MASK, step & MASK, rank & MASK, stream & MASK
 
 
 def philox4x32(counter: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:

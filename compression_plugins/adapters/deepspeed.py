@@ -38,7 +38,7 @@ def install() -> None:
     if hasattr(runtime_config.DeepSpeedConfig.__init__, "__wrapped__"):
         return
     _wrap_loader(init_utils)
-    package = sys.modules["deepspeed"]
+    package: Any = sys.modules["deepspeed"]
     if hasattr(package, "load_ds_config"):  # imported by name already; otherwise deepspeed/__init__.py is yet to do so
         package.load_ds_config = init_utils.load_ds_config
     _wrap_config(runtime_config.DeepSpeedConfig)

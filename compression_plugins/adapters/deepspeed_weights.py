@@ -216,7 +216,10 @@ class GatheredWeights:
         values = iter(torch.stack(measures).tolist() if measures else [])
         found = []
         for piece in pieces:
-            bits = mu_rule_bits(*next(values), piece.numel, self.scheme.mu) if piece.quantized else None
+            bits = None
+            if piece.quantized:
+                largest, distance = next(values)
+                bits = mu_rule_bits(largest, distance, piece.numel, self.scheme.mu)
             found.append(bits if bits is not None and bits < 8 * mine.element_size() else 0)
         return found
 

@@ -71,6 +71,7 @@ class Down(Protocol):
 
 def full_model(state: State, options: Options, key: K.Key, ticket: int) -> Message:
     """fp32."""
+    quantizer.largest(state.x, "the model")
     return messages.exact(Kind.MODEL, state.x, ticket)
 
 

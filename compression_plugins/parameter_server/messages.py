@@ -86,9 +86,7 @@ class Message(NamedTuple):
         return 8 * self.payload.numel() + (0 if self.bits == EXACT else extra)
 
     def header(self) -> bytes:
-        return HEADER.pack(
-            VERSION, self.kind, self.bits, self.count, self.step, self.value, self.payload.numel()
-        )
+        return HEADER.pack(VERSION, self.kind, self.bits, self.count, self.step, self.value, self.payload.numel())
 
 
 class Header(NamedTuple):

@@ -34,16 +34,18 @@ class Options(BaseModel):
 
     method: str = Field("asylpg", description="algorithm: asylpg, sparse_asylpg, acc_asylpg, asyfpg, acc_asyfpg, qsvrg")
     workers: Annotated[int, Field(ge=1, le=4096)] = Field(4, description="worker processes, and parts of the data (M)")
-    lr: Positive = Field(0.1, description="step size (eta)")
+    lr: Annotated[float, Field(gt=0, le=1e33)] = Field(0.1, description="step size (eta)")
     epochs: Count = Field(10, description="snapshots taken, each followed by inner_steps updates")
-    inner_steps: Count | None = Field(None, description="updates between snapshots (m); default: one pass over the data")
+    inner_steps: Count | None = Field(
+        None, description="updates between snapshots (m); default: one pass over the data"
+    )
     batch_size: Count = Field(32, description="samples of a worker's two gradients, drawn with replacement")
     snapshot_batch: Count = Field(512, description="samples a worker passes through the model at once at a snapshot")
     tau: Annotated[int, Field(ge=0)] = Field(8, description="bound of the delay t - D(t), in updates")
     bits: Annotated[int, Field(ge=2, le=16)] = Field(8, description="bits of a gradient value (b)")
     mu: Positive = Field(0.5, description="error of the weights sent, relative to their distance to the snapshot")
     budget: Share = Field(1.0, description="sparse_asylpg: share of the largest legal number of survivors (phi)")
-    theta: Share = Field(0.9, description="acc_*: first weight of the momentum form")
+    theta: Annotated[float, Field(ge=1e-3, le=1)] = Field(0.9, description="acc_*: first weight of the momentum form")
     l1: Weight = Field(0.0, description="weight of |x|_1")
     l2: Weight = Field(0.0, description="weight of |x|^2 / 2")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="seed of every random choice")
@@ -53,7 +55,9 @@ class Options(BaseModel):
 
     @classmethod
     def load(
-        cls, source: str | os.PathLike[str] | Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | None = None
+        cls,
+        source: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        overrides: Mapping[str, Any] | None = None,
     ) -> Options:
         """Read options from a YAML or JSON file or a mapping; `overrides` replace its keys.
 

@@ -116,7 +116,9 @@ class Problem:
         with seeded(seed, self.device):
             loss = self._value(batch)
         if loss.numel() != 1:
-            raise CompressionError(f"the loss has shape {tuple(loss.shape)}; it must be the mean over the batch, a scalar")
+            raise CompressionError(
+                f"the loss has shape {tuple(loss.shape)}; it must be the mean over the batch, a scalar"
+            )
         found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(self._parameters, found)]
         return float(loss.detach()), flatten(gradients)

@@ -95,9 +95,7 @@ def grid_codes(x: Tensor, step: float, key: K.Key) -> Tensor:
     grid: 18 times faster than the same draw in plain PyTorch at n = 7,850, and on the GPU where x is.
     """
     sentinel = x.new_full((1,), _WIDE * step)
-    payload = K.uniform_encode(
-        torch.cat((x, sentinel)), 16, _one_block(x.numel() + 1), key, "absmax", "stochastic"
-    )
+    payload = K.uniform_encode(torch.cat((x, sentinel)), 16, _one_block(x.numel() + 1), key, "absmax", "stochastic")
     return payload[4:].view(torch.int16)[: x.numel()].to(torch.int32)
 
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from ..errors import CompressionError, MismatchError
@@ -58,7 +57,8 @@ class Server:
 
     Attributes:
         step: updates applied so far (t); `epoch`: snapshots completed or, within one, begun before it.
-        delays, order: of every update of this process: t - D(t), and whose it was.
+        delays: t - D(t) of every update of this process.
+        arrivals: whose gradient arrived, in order; with gradients held back this is not the order of updates.
         outbox: (rank, message) to send.
     """
 
@@ -82,7 +82,7 @@ class Server:
         self.traffic = Traffic()
         self.history: list[Epoch] = []
         self.delays: list[int] = []
-        self.order: list[int] = []
+        self.arrivals: list[int] = []
         self.parts: dict[int, list[int]] = {}
         self.outbox: deque[tuple[int, Message]] = deque()
         self._out: dict[int, Ticket] = {}  # by worker, in order of arrival once the gradient is there
@@ -124,6 +124,7 @@ class Server:
             return
         log.warning("worker %d dropped at update %d: %s", rank, self.step, reason)
         del self.parts[rank]
+        self.outbox = deque(item for item in self.outbox if item[0] != rank)
         if self.phase in ("waiting", "done"):
             return
         if self._out.pop(rank, None) is not None:
@@ -190,6 +191,7 @@ class Server:
         if ticket is None or ticket.zeta is not None or message.step != ticket.number:
             raise MessageError(f"worker {rank} sent a gradient that was not asked for (ticket {message.step})")
         ticket.zeta = messages.vector(message, self.numel)
+        self.arrivals.append(rank)
         self.traffic.count(message)
         if message.kind in (Kind.INDICES, Kind.BITMAP):
             self._tally.survivors.append(message.count / self.numel)
@@ -224,7 +226,6 @@ class Server:
         ticket = self._out.pop(rank)
         delay = self.step - ticket.version
         self.delays.append(delay)
-        self.order.append(rank)
         self._tally.delay = max(self._tally.delay, delay)
         assert ticket.zeta is not None
         self.algorithm.rule.update(self.state, ticket.zeta, self.options.lr, self.prox)
@@ -302,9 +303,7 @@ class Server:
         gradient.div_(self.samples)
         self._totals.clear()
         value = loss / self.samples + self.prox.value(self.state.snapshot)
-        row = Epoch(
-            self.epoch, self.step, value, float(gradient.norm()), self.traffic.bits, self.traffic.wire_bytes
-        )
+        row = Epoch(self.epoch, self.step, value, float(gradient.norm()), self.traffic.bits, self.traffic.wire_bytes)
         self.history.append(row)
         if self.on_epoch:
             self.on_epoch(row)
@@ -364,4 +363,6 @@ class Server:
         self.traffic = Traffic(**saved["traffic"])
         self.history = [Epoch(**row) for row in saved["history"]]
         if self.epoch >= self.options.epochs:
-            raise CompressionError(f"the checkpoint has done {self.epoch} epochs of {self.options.epochs}: raise epochs")
+            raise CompressionError(
+                f"the checkpoint has done {self.epoch} epochs of {self.options.epochs}: raise epochs"
+            )

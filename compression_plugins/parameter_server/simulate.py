@@ -1,8 +1,7 @@
 """The deterministic mode: the same server and workers in one process, and a list that says whose gradient comes next.
 
 Messages pass through the wire format, so bits and rounding are those of real processes: a run of processes whose order
-of arrivals is replayed here (`arrivals=server.order`) ends with the same bits wherever nobody left and gradients were
-not held back, or were held back alike.
+of arrivals is replayed here (`arrivals=server.arrivals`) ends with the same bits, as long as no worker left or came back.
 """
 
 from __future__ import annotations

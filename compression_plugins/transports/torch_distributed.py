@@ -31,7 +31,7 @@ class TorchDistributed(Transport):
 
     def __init__(self, group: dist.ProcessGroup | None = None, _parent: TorchDistributed | None = None) -> None:
         super().__init__()
-        self.group = group if group is not None else dist.group.WORLD
+        self.group: dist.ProcessGroup = group if group is not None else dist.group.WORLD  # type: ignore[assignment]
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self._parent = _parent
 
@@ -45,52 +45,46 @@ class TorchDistributed(Transport):
         result = x.clone()
         if self.size == 1:
             return Done(result)
-        return _Pending([dist.all_reduce(result, group=self.group, async_op=True)], result, x)
+        return _Pending(dist.all_reduce(result, group=self.group, async_op=True), result, x)
 
     def _all_gather(self, x: Tensor) -> Handle:
         if self.size == 1:
             return Done(x.clone().view(1, -1))
         result = x.new_empty(self.size, x.numel())
         work = _all_gather(result.view(-1), x, group=self.group, async_op=True)
-        return _Pending([work], result, x)
+        return _Pending(work, result, x)
 
     def _all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Handle:
         if self.size == 1:
             return Done(x.clone())
         result = x.new_empty(sum(receive))
         work = dist.all_to_all_single(result, x, list(receive), list(send), group=self.group, async_op=True)
-        return _Pending([work], result, x)
+        return _Pending(work, result, x)
 
     def _broadcast(self, x: Tensor, root: int) -> Handle:
         result = x.clone() if root == self.rank else torch.empty_like(x)
         if self.size == 1:
             return Done(result)
         source = dist.get_global_rank(self.group, root)
-        return _Pending([dist.broadcast(result, source, group=self.group, async_op=True)], result, x)
+        return _Pending(dist.broadcast(result, source, group=self.group, async_op=True), result, x)
 
     def _exchange(self, x: Tensor, to: int, source: int) -> Handle:
-        if to == self.rank and source == self.rank:
-            return Done(x.clone())
-        result = torch.empty_like(x)
-        peers = [dist.get_global_rank(self.group, peer) for peer in (to, source)]
-        # One batch: with NCCL, a send that is not in the same group as its receive deadlocks a ring.
-        operations = [
-            dist.P2POp(dist.isend, x, peers[0], self.group),
-            dist.P2POp(dist.irecv, result, peers[1], self.group),
-        ]
-        return _Pending(dist.batch_isend_irecv(operations), result, x)
+        # Not isend and irecv: Gloo's works for these do not say that they are done before somebody waits for them, and
+        # NCCL needs them grouped. The empty parts of an all-to-all cost no bytes.
+        send, receive = [0] * self.size, [0] * self.size
+        send[to] = receive[source] = x.numel()
+        return self._all_to_all(x, send, receive)
 
 
 class _Pending:
-    """Works in flight; keeps the input alive, which the backend reads until they are done."""
+    """A work in flight; keeps the input alive, which the backend reads until it is done."""
 
-    def __init__(self, works: list[dist.Work], result: Tensor, source: Tensor) -> None:
-        self._works, self._result, self._source = works, result, source
+    def __init__(self, work: dist.Work, result: Tensor, source: Tensor) -> None:
+        self._work, self._result, self._source = work, result, source
 
     def poll(self) -> bool:
-        return all(work.is_completed() for work in self._works)
+        return self._work.is_completed()
 
     def wait(self) -> Tensor:
-        for work in self._works:
-            work.wait()
+        self._work.wait()
         return self._result

@@ -1,4 +1,4 @@
-"""Laws of stats, sign, uniform, pack and cast for one implementation; on the CPU in tests/kernels, on CUDA in tests/gpu.
+"""Laws of stats, sign, uniform, pack and cast: tests/kernels runs them on the CPU, tests/gpu on CUDA.
 
 Payloads are held to formulas written out here. A scale that is a sum may differ from ours by one fp32 ulp; codes and
 residuals are then computed from the scales that the implementation wrote, and must agree bit for bit.

@@ -14,7 +14,16 @@ from compression_plugins.parameter_server.server import Server
 from compression_plugins.parameter_server.simulate import Simulation
 from compression_plugins.parameter_server.worker import Worker
 
-BASE = {"method": "asylpg", "workers": 3, "lr": 0.2, "epochs": 3, "inner_steps": 12, "batch_size": 8, "tau": 4, "seed": 3}
+BASE = {
+    "method": "asylpg",
+    "workers": 3,
+    "lr": 0.2,
+    "epochs": 3,
+    "inner_steps": 12,
+    "batch_size": 8,
+    "tau": 4,
+    "seed": 3,
+}
 
 
 def data(samples: int = 90, features: int = 10) -> TensorDataset:

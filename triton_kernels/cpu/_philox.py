@@ -58,8 +58,8 @@ def _step(typing_context, out, index, counter, step, rank, stream, seed, tensor)
         out, index, counter, *fixed, seed, tensor = arguments
         low, half = _constant(MASK), _constant(32)
         c0 = builder.add(_splat(builder, counter), _constant(*range(LANES)))
-        rest = (_splat(builder, word) for word in fixed)
-        w0, w1, w2, w3 = _philox(builder, c0, *rest, seed, tensor)
+        c1, c2, c3 = (_splat(builder, word) for word in fixed)
+        w0, w1, w2, w3 = _philox(builder, c0, c1, c2, c3, seed, tensor)
         first = builder.or_(builder.and_(w0, low), builder.shl(w1, half))
         second = builder.or_(builder.and_(w2, low), builder.shl(w3, half))
         order = [place for lane in range(LANES) for place in (lane, LANES + lane)]

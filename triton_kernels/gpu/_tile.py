@@ -21,9 +21,10 @@ class Geometry:
     """How ``numel`` elements in blocks of ``block`` are cut: tiles of ``rows`` x ``columns``, ``tiles`` a block."""
 
     def __init__(self, numel: int, block: int):
-        self.columns = min(triton.next_power_of_2(block), MAX_COLUMNS)
+        span = min(block, max(32, numel))  # one block longer than the vector needs no more tiles than the vector
+        self.columns = min(triton.next_power_of_2(span), MAX_COLUMNS)
         self.rows = max(1, ELEMENTS // self.columns)
-        self.tiles = triton.cdiv(block, self.columns)
+        self.tiles = triton.cdiv(span, self.columns)
         self.programs = triton.cdiv(blocks(numel, block), self.rows) * self.tiles
         self.long = self.tiles > 1
 

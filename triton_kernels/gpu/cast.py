@@ -226,7 +226,7 @@ def cast_reduce(payloads, numel, kind, block, out=None, *, residual=None, alpha=
     layout.check_block(block)
     layout.check_payloads(payloads, layout.cast_bytes(numel, kind, block))
     layout.check_residual(memory, payloads, numel)
-    ranks, size, has_r = *payloads.shape, residual is not None
+    (ranks, size), has_r = payloads.shape, residual is not None
     cut = Geometry(numel, block if kind == "fp8" else _CHUNK)
     if cut.long:  # the scale of a long block takes a pass of its own, over the average
         average = mean_in_rank_order([cast_decode(payload, numel, kind, block) for payload in payloads])

@@ -101,7 +101,7 @@ def sign_vote(payloads: torch.Tensor, numel: int) -> torch.Tensor:
         uint8 [4 * ceil(numel / 32)], padded with zero bits.
     """
     layout.check_payloads(payloads, 4 * layout.words(numel, 1))
-    votes = sum(from_words(words, numel, 1) for words in layout.split(payloads, 0)[1])
+    votes = torch.stack([from_words(words, numel, 1) for words in layout.split(payloads, 0)[1]]).sum(0)
     return to_words(2 * votes >= payloads.shape[0], 1).view(torch.uint8)
 
 

@@ -59,7 +59,7 @@ def uniform_encode(
     finite, zero = norm.isfinite(), inverse.isinf()
     scales.copy_(torch.where(zero, 0.0, norm))
     inverse = per_element(torch.where(zero | ~finite, 0.0, inverse), numel, block)
-    u = uniform(key, numel, x.device) if rounding == "stochastic" else 0.5
+    u = uniform(key, numel, x.device) if key is not None and rounding == "stochastic" else 0.5
     finite = per_element(finite, numel, block)
     codes = torch.floor(torch.where(finite, p, 0.0) * inverse + u).clamp(-levels, levels)
     words.copy_(to_words(codes.long(), bits))

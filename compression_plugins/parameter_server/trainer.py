@@ -1,0 +1,265 @@
+"""`AsyncTrainer`: train a torch module with a parameter-server method, in worker processes or deterministically."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import multiprocessing
+import os
+import pickle
+import secrets
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader
+
+from ..errors import CompressionError, ConfigError
+from .client import run_worker
+from .options import Options
+from .problem import Forward, Problem, unflatten
+from .records import Epoch
+from .server import Server
+from .service import Service
+from .simulate import Simulation
+from .worker import Worker
+
+log = logging.getLogger("compression_plugins.parameter_server")
+
+
+class AsyncTrainer:
+    """Minimises the mean of `loss_fn(model(inputs), targets)` over a data set, plus l1 and l2 penalties.
+
+        trainer = AsyncTrainer(model, nn.CrossEntropyLoss(), loader, method="asylpg", workers=4, lr=0.1, epochs=20)
+        history = trainer.fit()          # `model` then holds the result
+
+    Args:
+        model: trained in place: the result is written into it by `fit`. Batch normalisation uses the statistics of a
+            batch while training; running statistics are estimated anew from the data at the end.
+        loss_fn: mean loss of a batch; None if `forward` is given.
+        loader: DataLoader (batch size, data set and collate function are used) or map-style data set.
+        method, workers, options: fields of `Options`.
+        config: YAML or JSON file, or mapping, with options; keyword arguments win.
+        forward: for batches that are not (inputs, targets): `forward(model, batch)` is the mean loss.
+        checkpoint: file that is written after every epoch; if it exists, the run continues from it.
+        progress: called with every `Epoch`; True prints a line to stderr, False nothing.
+        delays: run in this process, deterministically, with these delays (see `Simulation`), instead of worker
+            processes.
+        device: where workers compute; "cuda" shares the visible GPUs out among them.
+
+    With worker processes, model, data set, loss_fn and forward are sent to them by pickle when they start, so functions
+    must be importable ones, and a script needs the usual `if __name__ == "__main__":`.
+
+    Attributes:
+        server: of the last `fit`: `delays`, `traffic`, `arrivals`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor] | None,
+        loader: Any,
+        method: str | None = None,
+        workers: int | None = None,
+        *,
+        config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        forward: Forward | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        progress: bool | Callable[[Epoch], None] = True,
+        delays: Sequence[int] | None = None,
+        device: str = "cpu",
+        **options: Any,
+    ) -> None:
+        overrides = {**options, **{k: v for k, v in (("method", method), ("workers", workers)) if v is not None}}
+        defaults = {}
+        if isinstance(loader, DataLoader) and loader.batch_size:
+            defaults["batch_size"] = loader.batch_size
+        self.options = with_defaults(Options.load(config, overrides), defaults, config, overrides)
+        self.model, self.loader, self.forward, self.loss_fn = model, loader, forward, loss_fn
+        self.problem = Problem(model, loss_fn, loader, forward, "cpu")
+        self.checkpoint = Path(checkpoint) if checkpoint is not None else None
+        self.delays, self.device = delays, device
+        self._progress = _print_row if progress is True else progress or None
+        self.server: Server | None = None
+        if self.options.tau < self.options.workers - 1:
+            log.warning(
+                "tau = %d lets at most %d of %d workers compute at a time",
+                self.options.tau, self.options.tau + 1, self.options.workers,
+            )  # fmt: skip
+
+    def fit(self) -> list[Epoch]:
+        """Train; returns one row an epoch, all of them after a resume."""
+        server = self._new_server()
+        if self.delays is not None:
+            workers = [Worker(rank, self.options, self.problem) for rank in range(self.options.workers)]
+            Simulation(server, workers, self.delays).run()
+        else:
+            self._run_processes(server)
+        return self._finish(server)
+
+    def serve(self, address: tuple[str, int], token: bytes) -> list[Epoch]:
+        """`fit` with workers that other hosts run: each makes the same trainer and runs `worker(rank)`."""
+        server = self._new_server()
+        service = Service(server, token, *address)
+        log.info("listening on %s:%d", *service.address)
+        service.run()
+        return self._finish(server)
+
+    def worker(self, rank: int) -> Worker:
+        """For `client.run_worker`, on a host that runs one worker."""
+        problem = Problem(self.model, self.loss_fn, self.loader, self.forward, self.device)
+        return Worker(rank, self.options, problem)
+
+    def _new_server(self) -> Server:
+        save = self._save if self.checkpoint is not None else None
+        server = Server(self.options, self.problem.start(), self.problem.samples, self._progress, save)
+        if self.checkpoint is not None and self.checkpoint.exists():
+            server.load_state_dict(load_checkpoint(self.checkpoint))
+        self.server = server
+        return server
+
+    def _finish(self, server: Server) -> list[Epoch]:
+        unflatten(server.state.snapshot, [p for p in self.model.parameters() if p.requires_grad])
+        self._estimate_batch_statistics()
+        return server.history
+
+    def loss(self) -> float:
+        """P at the present parameters of `model`, penalties included."""
+        x = flatten_model(self.model)
+        assert self.server is not None, "fit first"
+        return self.problem.loss(x) + self.server.prox.value(x)
+
+    def _save(self, server: Server) -> None:
+        assert self.checkpoint is not None
+        save_checkpoint(self.checkpoint, server)
+
+    def _run_processes(self, server: Server) -> None:
+        token = secrets.token_bytes(32)
+        processes = _Processes(self.options.workers)
+        service = Service(server, token, tick=processes.check)
+        data = self.loader.dataset if isinstance(self.loader, DataLoader) else self.loader
+        collate = self.loader.collate_fn if isinstance(self.loader, DataLoader) else None
+        common = (
+            self.options,
+            self.model,
+            self.loss_fn,
+            data,
+            collate,
+            self.forward,
+            self.device,
+            service.address,
+            token,
+        )
+        try:
+            processes.start(common)
+            service.run()
+        finally:
+            processes.stop()
+
+    def _estimate_batch_statistics(self) -> None:
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()):
+            loader = self.loader if isinstance(self.loader, DataLoader) else DataLoader(self.loader, batch_size=256)
+            update_bn(loader, self.model)
+
+
+class _Processes:
+    """Local worker processes."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._processes = count, []  # type: int, list[multiprocessing.process.BaseProcess]
+        self._reported: set[int] = set()
+
+    def start(self, common: tuple[Any, ...]) -> None:
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self._count):
+            process = context.Process(target=_work, args=(rank, *common), name=f"worker-{rank}", daemon=True)
+            try:
+                process.start()
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                raise ConfigError(
+                    f"workers are processes of their own, and something that they need cannot be sent to them ({error}); "
+                    "use functions and classes of a module instead of lambdas or local ones, or delays=[...] to run here"
+                ) from None
+            self._processes.append(process)
+
+    def check(self) -> None:
+        """Say who died; raise when nobody is left."""
+        dead = [rank for rank, process in enumerate(self._processes) if process.exitcode not in (None, 0)]
+        for rank in set(dead) - self._reported:
+            log.warning("worker process %d ended with exit code %s", rank, self._processes[rank].exitcode)
+            self._reported.add(rank)
+        if len(dead) == self._count:
+            raise CompressionError("every worker process has failed; its own message stands above")
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.terminate()
+                process.join(timeout=5)
+
+
+def _work(
+    rank: int,
+    options: Options,
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor] | None,
+    data: Any,
+    collate: Any,
+    forward: Forward | None,
+    device: str,
+    address: tuple[str, int],
+    token: bytes,
+) -> None:
+    """Body of a worker process. One thread each, since all of them share the machine's cores."""
+    torch.set_num_threads(1)
+    if device == "cuda":
+        device = f"cuda:{rank % torch.cuda.device_count()}"
+    loader = DataLoader(data, collate_fn=collate)
+    problem = Problem(copy.deepcopy(model), loss_fn, loader, forward, device)
+    try:
+        run_worker(Worker(rank, options, problem), address, token)
+    except CompressionError as error:
+        print(f"worker {rank}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def with_defaults(options: Options, defaults: Mapping[str, Any], config: Any, overrides: Mapping[str, Any]) -> Options:
+    """`options`, with `defaults` for keys that neither `config` nor `overrides` has set."""
+    missing = {key: value for key, value in defaults.items() if key not in options.model_fields_set}
+    return Options.load(config, {**overrides, **missing}) if missing else options
+
+
+def flatten_model(model: nn.Module) -> Tensor:
+    """Parameters that require gradients, fp32 CPU [numel]."""
+    from .problem import flatten
+
+    return flatten([p for p in model.parameters() if p.requires_grad])
+
+
+def save_checkpoint(path: Path, server: Server) -> None:
+    """Whole or not at all, whatever happens meanwhile."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    torch.save(server.state_dict(), temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Refuses anything but numbers and tensors."""
+    try:
+        return torch.load(path, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CompressionError(f"cannot read the checkpoint {path}: {reason}") from None
+
+
+def _print_row(row: Epoch) -> None:
+    print(
+        f"epoch {row.epoch:4d}  update {row.step:7d}  loss {row.loss:.6f}  |grad| {row.gradient_norm:.2e}  "
+        f"{row.bits / 8e6:9.3f} MB sent and received",
+        file=sys.stderr,
+    )

@@ -1,0 +1,307 @@
+"""Real processes over TCP: equality with the simulation, strangers, garbage, deaths and returns."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import pytest
+import torch
+
+from compression_plugins.errors import CompressionError
+from compression_plugins.parameter_server import handshake, messages, service
+from compression_plugins.parameter_server.client import run_worker
+from compression_plugins.parameter_server.options import Options
+from compression_plugins.parameter_server.server import Server
+from compression_plugins.parameter_server.service import Service
+from compression_plugins.parameter_server.worker import Worker
+
+from .world import options, problem, simulation
+
+TOKEN = b"a token for the tests alone"
+CONTEXT = multiprocessing.get_context("fork")
+
+
+def work(rank: int, chosen: Options, address: tuple[str, int], pause: float = 0.0) -> None:
+    torch.set_num_threads(1)
+    task = problem()
+    worker = Worker(rank, chosen, task)
+    if pause:
+        handle = worker.handle
+        worker.handle = lambda message: (time.sleep(pause), handle(message))[1]  # type: ignore[method-assign]
+    run_worker(worker, address, TOKEN)
+
+
+class Lab:
+    """A service in a thread of this process, workers in processes of their own."""
+
+    def __init__(self, chosen: Options) -> None:
+        task = problem()
+        self.options, self.error = chosen, None  # type: Options, BaseException | None
+        self.server = Server(chosen, task.start(), task.samples)
+        self.service = Service(self.server, TOKEN)
+        self.processes: dict[int, BaseProcess] = {}
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        try:
+            self.service.run()
+        except BaseException as error:
+            self.error = error
+
+    def start(self, *ranks: int, **arguments: Any) -> None:
+        for rank in ranks:
+            process = CONTEXT.Process(target=work, args=(rank, self.options, self.service.address), kwargs=arguments)
+            process.start()
+            self.processes[rank] = process
+
+    def serve(self) -> None:
+        self._thread.start()
+
+    def until(self, condition: Callable[[], bool], seconds: float = 30.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self._thread.is_alive(), self.error
+            assert time.monotonic() < deadline, "this took too long"
+            time.sleep(0.005)
+
+    def finish(self, seconds: float = 60.0) -> Server:
+        self._thread.join(seconds)
+        assert not self._thread.is_alive(), "the run hangs"
+        if self.error:
+            raise self.error
+        return self.server
+
+
+@pytest.fixture
+def lab() -> Iterator[Callable[..., Lab]]:
+    labs: list[Lab] = []
+
+    def make(**changes: Any) -> Lab:
+        labs.append(Lab(options(**{"workers": 2, "inner_steps": 20, "epochs": 2, **changes})))
+        return labs[-1]
+
+    yield make
+    for each in labs:
+        for process in each.processes.values():
+            if process.is_alive():
+                process.kill()
+            process.join()
+        each.server.phase = "done"  # ends a loop that a failed test left behind
+        if each._thread.ident is not None:
+            each._thread.join(20)
+
+
+@pytest.mark.parametrize("method", ["asylpg", "sparse_asylpg"])
+def test_processes_and_the_simulation_of_their_arrivals_end_with_the_same_bits(
+    method: str, lab: Callable[..., Lab]
+) -> None:
+    run = lab(method=method, workers=3, tau=3)
+    run.start(0, 1, 2)
+    run.serve()
+    server = run.finish()
+    assert max(server.delays) <= 3 and len(server.delays) == 40
+    replay = simulation(run.options, arrivals=server.arrivals).run()
+    assert torch.equal(server.state.snapshot, replay.state.snapshot)
+    assert (server.traffic, server.delays) == (replay.traffic, replay.delays)
+    for process in run.processes.values():
+        process.join(10)
+        assert process.exitcode == 0
+
+
+def test_the_others_go_on_when_a_worker_is_killed_and_take_its_shard(
+    lab: Callable[..., Lab], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = lab(workers=3, epochs=3, inner_steps=40)
+    run.start(0, 1, 2, pause=0.01)
+    run.serve()
+    run.until(lambda: run.server.step > 10)
+    os.kill(run.processes[1].pid or 0, signal.SIGKILL)
+    server = run.finish()
+    assert server.step == 120 and len(server.history) == 3
+    assert "worker 1 dropped" in caplog.text
+    assert server.history[-1].loss < server.history[0].loss
+
+
+def test_a_worker_that_was_killed_may_come_back(lab: Callable[..., Lab]) -> None:
+    run = lab(epochs=4, inner_steps=40)
+    run.start(0, 1, pause=0.01)
+    run.serve()
+    run.until(lambda: run.server.step > 10)
+    os.kill(run.processes[1].pid or 0, signal.SIGKILL)
+    run.until(lambda: run.server.active == [0])
+    run.start(1)
+    run.until(lambda: run.server.active == [0, 1])
+    before = len(run.server.arrivals)
+    server = run.finish()
+    assert 1 in server.arrivals[before:] and server.parts == {0: [0], 1: [1]}
+    assert server.step == 160
+
+
+def test_a_worker_that_hangs_is_waited_for_up_to_its_patience_and_may_go_on_later(
+    lab: Callable[..., Lab], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = lab(epochs=3, inner_steps=60, tau=2, patience_s=0.7)
+    run.start(0, 1, pause=0.01)
+    run.serve()
+    run.until(lambda: run.server.step > 10)
+    os.kill(run.processes[1].pid or 0, signal.SIGSTOP)
+    run.until(lambda: run.server.active == [0])
+    assert "patience_s" in caplog.text
+    os.kill(run.processes[1].pid or 0, signal.SIGCONT)
+    run.until(lambda: run.server.active == [0, 1])
+    server = run.finish()
+    assert max(server.delays) <= 2 and server.step == 180
+
+
+def test_a_run_starts_without_those_who_do_not_come(lab: Callable[..., Lab], caplog: pytest.LogCaptureFixture) -> None:
+    run = lab(start_s=1.0)
+    run.start(0)
+    run.serve()
+    assert run.finish().step == 40
+    assert "starting with 1 of 2 workers" in caplog.text
+
+
+def test_nobody_at_all_is_an_error(lab: Callable[..., Lab]) -> None:
+    run = lab(start_s=0.3)
+    run.serve()
+    with pytest.raises(CompressionError, match="no worker connected"):
+        run.finish()
+
+
+def test_a_wrong_token_is_refused_on_both_sides(lab: Callable[..., Lab], caplog: pytest.LogCaptureFixture) -> None:
+    run = lab()
+    run.serve()
+    with pytest.raises(handshake.AuthenticationError, match="token"):
+        run_worker(Worker(0, run.options, problem()), run.service.address, b"some other token of 16")
+    run.until(lambda: "wrong token" in caplog.text)
+    assert run.server.active == []
+    run.start(0, 1)
+    assert run.finish().step == 40, "the run itself is not disturbed"
+
+
+def test_a_server_that_does_not_know_the_token_gets_nothing_from_a_worker() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def impostor() -> None:
+        sock, _ = listener.accept()
+        sock.sendall(handshake.challenge())
+        sock.recv(1000)
+        sock.sendall(bytes(handshake.PROOF) + messages.stop("come home", error=False).header())
+
+    thread = threading.Thread(target=impostor)
+    thread.start()
+    with pytest.raises(handshake.AuthenticationError, match="does not know the token"):
+        run_worker(Worker(0, options(), problem()), listener.getsockname(), TOKEN)
+    thread.join()
+    listener.close()
+
+
+def test_a_recorded_handshake_cannot_be_replayed() -> None:
+    challenge = handshake.challenge()
+    answer, _ = handshake.hello(TOKEN, challenge, 0, bytes(32))
+    assert handshake.answer(TOKEN, challenge, answer)[0].rank == 0
+    with pytest.raises(handshake.AuthenticationError):
+        handshake.answer(TOKEN, handshake.challenge(), answer)
+    for position in (9, 20, 60):  # rank, digest, nonce
+        forged = answer[:position] + bytes([answer[position] ^ 1]) + answer[position + 1 :]
+        with pytest.raises(handshake.AuthenticationError):
+            handshake.answer(TOKEN, challenge, forged)
+
+
+@pytest.mark.parametrize("first", [b"GET / HTTP/1.1\r\n\r\n" * 20, b"\x80\x04\x95" * 100, bytes(10_000)])
+def test_strangers_are_shown_out(first: bytes, lab: Callable[..., Lab], caplog: pytest.LogCaptureFixture) -> None:
+    run = lab()
+    run.serve()
+    with socket.create_connection(run.service.address) as sock:
+        sock.sendall(first)
+        run.until(lambda: "wrong token" in caplog.text)
+    run.start(0, 1)
+    assert run.finish().step == 40
+
+
+def test_strangers_who_say_nothing_are_shown_out_too(
+    lab: Callable[..., Lab], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "HANDSHAKE_S", 0.3)
+    run = lab()
+    run.serve()
+    silent = [socket.create_connection(run.service.address) for _ in range(40)]
+    run.until(lambda: "no proof of the token in time" in caplog.text)
+    run.start(0, 1)
+    assert run.finish().step == 40
+    for sock in silent:
+        sock.close()
+
+
+def admitted(run: Lab, rank: int) -> socket.socket:
+    """A connection that has proved itself."""
+    sock = socket.create_connection(run.service.address)
+    task = problem()
+    received = sock.recv(handshake.CHALLENGE_BYTES, socket.MSG_WAITALL)
+    answer, proof = handshake.hello(TOKEN, received, rank, run.options.digest(task.numel, task.samples))
+    sock.sendall(answer)
+    assert sock.recv(handshake.PROOF, socket.MSG_WAITALL) == proof
+    return sock
+
+
+HUGE = struct.pack("<BBBxIQfI", messages.VERSION, messages.Kind.GRADIENT, 8, 0, 0, 0.0, 2**32 - 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [(HUGE, "announces 4,294,967,295 bytes"), (b"\xff" * 24, "wire version 255"),
+     (messages.nothing(messages.Kind.GRADIENT, 12).header(), "not asked for")],
+)  # fmt: skip
+def test_a_worker_that_sends_garbage_is_dropped_and_the_run_goes_on(
+    data: bytes, reason: str, lab: Callable[..., Lab], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = lab()
+    run.serve()
+    with admitted(run, 1) as sock:
+        run.until(lambda: run.server.active == [1])
+        sock.sendall(data)
+        run.until(lambda: reason in caplog.text)
+        assert run.server.active == []
+    run.start(0, 1)
+    assert run.finish().step == 40
+
+
+def test_a_worker_with_other_options_is_told_so(lab: Callable[..., Lab]) -> None:
+    run = lab()
+    run.serve()
+    with pytest.raises(CompressionError, match="other options"):
+        run_worker(Worker(0, options(workers=2, inner_steps=20, lr=0.7), problem()), run.service.address, TOKEN)
+    with pytest.raises(CompressionError, match="rank 5 where there are 2"):
+        run_worker(Worker(5, run.options, problem()), run.service.address, TOKEN)
+
+
+def test_workers_are_told_why_the_server_stops(lab: Callable[..., Lab]) -> None:
+    run = lab(lr=1e32)
+    run.start(1)
+    run.serve()
+    with pytest.raises(CompressionError, match="parameter server stopped: .*diverged"):
+        run_worker(Worker(0, run.options, problem()), run.service.address, TOKEN)
+    with pytest.raises(CompressionError, match="diverged"):
+        run.finish()
+
+
+def test_it_binds_loopback_unless_told_otherwise_and_refuses_short_tokens(lab: Callable[..., Lab]) -> None:
+    run = lab()
+    assert run.service.address[0] == "127.0.0.1"
+    with pytest.raises(CompressionError, match="16 or more"):
+        Service(run.server, b"short")
+    with pytest.raises(CompressionError, match="cannot listen"):
+        Service(run.server, TOKEN, port=run.service.address[1])
+
+
+logging.getLogger("compression_plugins.parameter_server").setLevel(logging.INFO)
