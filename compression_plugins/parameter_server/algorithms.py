@@ -38,7 +38,7 @@ class Prox:
     def __call__(self, x: Tensor, step: float) -> Tensor:
         """argmin_z h(z) + |z - x|^2 / (2 step), in place."""
         if self.l1:
-            torch.nn.functional.softshrink(x, step * self.l1, out=x)
+            x.copy_(torch.nn.functional.softshrink(x, step * self.l1))
         return x.div_(1 + step * self.l2) if self.l2 else x
 
     def value(self, x: Tensor) -> float:

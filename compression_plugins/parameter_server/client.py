@@ -85,7 +85,7 @@ class _Connection:
             answer = self._worker.handle(message)
             if answer is not None:
                 self._sock.sendall(answer.header())
-                self._sock.sendall(memoryview(answer.payload.numpy()))
+                self._sock.sendall(answer.payload.numpy().data)
 
     def _receive(self) -> Message:
         problem, workers = self._worker.problem, self._worker.options.workers
@@ -96,7 +96,7 @@ class _Connection:
     def _read(self, nbytes: int) -> torch.Tensor:
         """Exactly so many bytes, uint8."""
         piece = torch.empty(nbytes, dtype=torch.uint8)
-        view, have = memoryview(piece.numpy()), 0
+        view, have = piece.numpy().data, 0
         while have < nbytes:
             count = self._sock.recv_into(view[have:])
             if not count:

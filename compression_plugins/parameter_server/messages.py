@@ -24,8 +24,8 @@ bits wide: the low 16 bits in one array, those above in another. `Message.bits_c
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +62,8 @@ class MessageError(CompressionError):
     """A message that does not follow the format; its sender is disconnected."""
 
 
-class Message(NamedTuple):
+@dataclass(frozen=True)
+class Message:
     """See the table above. `payload` is a contiguous uint8 CPU tensor on a 4-byte boundary."""
 
     kind: Kind
@@ -89,7 +90,8 @@ class Message(NamedTuple):
         return HEADER.pack(VERSION, self.kind, self.bits, self.count, self.step, self.value, self.payload.numel())
 
 
-class Header(NamedTuple):
+@dataclass(frozen=True)
+class Header:
     """A header whose fields have been checked; `nbytes` is the size of the payload that follows."""
 
     kind: Kind

@@ -66,7 +66,7 @@ class _Connection:
 
     def _expect(self, nbytes: int) -> None:
         self.piece = torch.empty(nbytes, dtype=torch.uint8)
-        self._view, self._have = memoryview(self.piece.numpy()), 0
+        self._view, self._have = self.piece.numpy().data, 0
 
     def read(self) -> bytes | None:
         """More of the piece that is due; its bytes once whole (empty for a payload, which stays in `piece`)."""
@@ -91,7 +91,7 @@ class _Connection:
         self._unsent.extend(memoryview(piece) for piece in pieces if len(piece))
 
     def send(self, message: Message) -> None:
-        self.queue(message.header(), memoryview(message.payload.numpy()))
+        self.queue(message.header(), message.payload.numpy().data)
 
     def write(self) -> bool:
         """Send what the socket takes; True when nothing is left."""

@@ -10,7 +10,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from compression_plugins.triton_kernels import Key
-from compression_plugins.triton_kernels.gpu import cast, sign, uniform
+from compression_plugins.triton_kernels.gpu import cast, chunk, fold, scatter, sign, uniform
 
 
 class Target:
@@ -40,3 +40,10 @@ payload = uniform.uniform_encode(x.bfloat16()[::1], 8, 512, Key(1, 2, 3, 4), "l2
 uniform.uniform_reduce(torch.stack([payload] * 3), 5003, 8, 512, Key(1, 2, 3, 4), residual=r)
 uniform.uniform_apply(payload, x, 8, 512, 0.1, r, 0.9)
 cast.cast_encode(x, "fp8", 512, r)
+indices, values = chunk.chunk_select(x, 112, r)
+chunk.chunk_gather(x.half(), indices, 112, r)
+chunk.chunk_gather(x, torch.zeros(1, dtype=torch.int32), 5003, r)
+bits = fold.one_hot_signs(x, 1, 3, Key(1, 2, 3, 4), r)
+fold.bit_merge(bits, bits, 2, 1, Key(1, 2, 3, 4))
+fold.signs_expand(bits, 5003, 0.1, r)
+scatter.scatter_add(indices, values, r, 0.5)

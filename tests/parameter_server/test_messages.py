@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,14 +123,14 @@ def test_sparse_payloads_that_contradict_themselves_are_refused() -> None:
         where = K.pack_bits(torch.tensor(values, dtype=torch.int32), 10)
         payload = torch.cat((good.payload[:4], where, good.payload[8:]))
         with pytest.raises(MessageError, match="do not increase"):
-            messages.vector(good._replace(payload=payload), 1000)
+            messages.vector(replace(good, payload=payload), 1000)
     full = messages.sparse(torch.ones(64, dtype=torch.int32), 1.0, 0)
     assert full.kind is Kind.BITMAP
     with pytest.raises(MessageError, match="do not increase"):
-        messages.vector(full._replace(count=63), 64)
+        messages.vector(replace(full, count=63), 64)
     with pytest.raises(MessageError, match="magnitude nan"):
         nan = torch.tensor([math.nan]).view(torch.uint8)
-        messages.vector(full._replace(payload=torch.cat((nan, full.payload[4:]))), 64)
+        messages.vector(replace(full, payload=torch.cat((nan, full.payload[4:]))), 64)
 
 
 def test_values_that_are_not_finite_are_refused() -> None:

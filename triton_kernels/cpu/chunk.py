@@ -50,7 +50,7 @@ def chunk_gather(
 def _run(x: torch.Tensor, indices: torch.Tensor, chunk: int, memory: Memory, given: bool) -> torch.Tensor:
     source = x.detach().to(torch.float32).contiguous().numpy()
     remembers = memory.residual is not None
-    residual = memory.residual.detach().numpy() if remembers else source[:0]
+    residual = source[:0] if memory.residual is None else memory.residual.detach().numpy()
     values = torch.empty(indices.numel(), dtype=torch.float32)
     factors = np.array([memory.alpha, memory.decay, memory.sent], dtype=np.float32)
     _chunks(source, residual, indices.numpy(), values.numpy(), chunk, factors, remembers, given)
