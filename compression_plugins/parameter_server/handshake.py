@@ -4,9 +4,9 @@
     worker -> server   magic, rank, digest of (options, model size, data size), 32-byte nonce, proof
     server -> worker   proof; then a STOP with the reason if rank or digest do not fit
 
-The token never travels. Frames after the handshake are not encrypted and carry no proof of their own: the protection is
-against strangers who can reach the port, not against someone who can rewrite traffic. Across machines use a network that
-is yours.
+The token never travels. Frames after the handshake are not encrypted and carry no proof of their own: the protection
+is against strangers who can reach the port, not against someone who can rewrite traffic. Across machines use a network
+that is yours.
 """
 
 from __future__ import annotations

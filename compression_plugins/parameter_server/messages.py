@@ -7,18 +7,18 @@ message that says otherwise, so that no size that a peer chose reaches the alloc
 
     kind      direction  step    count    value  payload
     SNAPSHOT  down       epoch   0        -      x~: fp32 [numel]
-    SHARD     down       epoch   parts    -      u32 [count]: the parts of the data that this worker draws batches from
+    SHARD     down       epoch   parts    -      u32 [count]: parts of the data that this worker draws batches from
     SUM       down       epoch   parts    -      u32 [count]: parts whose gradient sum at x~ is asked for
-    MODEL     down       ticket  0        -      Q(x): bits 0: nothing, x is x~; 2..16: [scale | codes]; 32: fp32 [numel]
+    MODEL     down       ticket  0        -      bits 0: x is x~; 2..16: [scale | codes] of Q(x); 32: fp32 [numel]
     STOP      down       -       length   -      UTF-8 text, zero padded; bits 1: an error
-    TOTAL     up         epoch   samples  loss   sum over the samples of gradients at x~: fp32 [numel]; value: sum of losses
+    TOTAL     up         epoch   samples  loss   sum of gradients at x~: fp32 [numel]; value: sum of losses
     GRADIENT  up         ticket  0        loss   bits 0: zero; 2..16: [scale | codes]; 32: fp32 [numel]
     INDICES   up         ticket  entries  loss   [magnitude fp32 | low index bits | high index bits | signs]
     BITMAP    up         ticket  entries  loss   [magnitude fp32 | numel bits | signs]
 
 Each packed array is padded to whole 4-byte words (codes, low and high index bits, signs). Indices are ceil(log2 numel)
 bits wide: the low 16 bits in one array, those above in another. `Message.bits_counted` counts what the paper counts
-(payload, the width byte of MODEL, the count of sparse messages) with this padding; headers are in `Message.nbytes` only.
+(payload, the width byte of MODEL, the count of sparse messages) with this padding; headers are in `nbytes` only.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Unbiased quantizers of one whole vector at any width from 2 to 16 bits, and the rule that picks the width.
 
-Q(x)_j = delta * clip(floor(x_j / delta + u_j), -L, L)   with L = 2^(b-1) - 1, delta = max|x| / L and u_j uniform on [0, 1)
+Q(x)_j = delta * clip(floor(x_j / delta + u_j), -L, L)   with L = 2^(b-1) - 1, delta = max|x| / L, u_j uniform on [0, 1)
 
-E[Q(x)] = x and E||Q(x) - x||^2 <= numel * delta^2 / 4 (Yu, Wu, Huang, 2019, arXiv 1805.10111). Payloads have the layout of
-all codecs here, `[scale fp32 | two's complement codes, LSB first, padded to a whole 4-byte word]`, with scale = max|x|.
+E[Q(x)] = x and E||Q(x) - x||^2 <= numel * delta^2 / 4 (Yu, Wu, Huang, 2019, arXiv 1805.10111). Payloads have the
+layout of all codecs here, `[scale fp32 | two's complement codes, LSB first, padded to a whole 4-byte word]`, with
+scale = max|x|.
 """
 
 from __future__ import annotations

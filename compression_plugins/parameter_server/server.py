@@ -258,12 +258,14 @@ class Server:
 
     def _finish_row(self) -> None:
         row, tally = self.history[-1], self._tally
-        row.model_bits = sum(tally.widths) / len(tally.widths)
+        row.model_bits = sum(tally.widths) / len(tally.widths) if tally.widths else 0.0
         row.survivors = sum(tally.survivors) / len(tally.survivors) if tally.survivors else None
         row.delay = tally.delay
 
     def finish(self, text: str, error: bool = False) -> None:
         """Send everybody home."""
+        if self.phase == "inner":
+            self._finish_row()
         self.phase = "done"
         for rank in self.active:
             self._send(rank, messages.stop(text, error))

@@ -2,12 +2,12 @@
 
 Why not torch.distributed point-to-point: a gloo group is a full mesh that is wired when it is made. A peer that dies
 makes operations of the survivors fail or wait for the group's time-out, a new process cannot enter the group, there is
-no receive from "whoever is first" that survives a lost peer, and nothing authenticates who connects. Tolerating a worker
-that dies, hangs or comes back is what this server is for, and its messages are CPU bytes of varying length in any case.
+no receive from "whoever is first" that survives a lost peer, and nothing authenticates who connects. To tolerate a
+worker that dies, hangs or comes back is what this server is for, and its messages are bytes of varying length.
 
 It binds loopback unless told otherwise, admits whoever knows the token (`handshake`), reads no size that it has not
-computed itself (`messages.parse_header`), bounds the time and number of connections that have not proved themselves, and
-drops a worker that sends anything else than what it was asked for.
+computed itself (`messages.parse_header`), bounds the time and number of connections that have not proved themselves,
+and drops a worker that sends anything else than what it was asked for.
 """
 
 from __future__ import annotations

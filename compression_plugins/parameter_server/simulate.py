@@ -1,7 +1,7 @@
 """The deterministic mode: the same server and workers in one process, and a list that says whose gradient comes next.
 
-Messages pass through the wire format, so bits and rounding are those of real processes: a run of processes whose order
-of arrivals is replayed here (`arrivals=server.arrivals`) ends with the same bits, as long as no worker left or came back.
+Messages pass through the wire format, so bits and rounding are those of real processes. A run of processes whose order
+of arrivals is replayed here (`arrivals=server.arrivals`) ends with the same bits, if no worker left or came back.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Simulation:
     def advance(self) -> bool:
         """One arrival at the server; False when the run is over."""
         self._deliver()
-        rank = self._next()
+        rank = None if self.server.phase == "done" else self._next()
         if rank is None:
             return False
         step = self.server.step

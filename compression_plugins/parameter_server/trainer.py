@@ -181,8 +181,8 @@ class _Processes:
                 process.start()
             except (pickle.PicklingError, AttributeError, TypeError) as error:
                 raise ConfigError(
-                    f"workers are processes of their own, and something that they need cannot be sent to them ({error}); "
-                    "use functions and classes of a module instead of lambdas or local ones, or delays=[...] to run here"
+                    f"workers are processes of their own, and something that they need cannot be sent ({error}); use "
+                    "functions and classes of a module instead of lambdas or local ones, or delays=[...] to run here"
                 ) from None
             self._processes.append(process)
 

@@ -175,7 +175,7 @@ def test_a_zero_difference_sends_nothing() -> None:
 
 
 def test_quantization_errors_vanish_with_the_distance_to_the_snapshot() -> None:
-    """E||u - grad f(x_D)||^2 <= L^2 [(D0 + 1)(1 + mu) + mu] ||x_D - x~||^2 for batches of one, D0 = d/(4 (2^(b-1)-1)^2)."""
+    """E||u - grad f(x_D)||^2 <= L^2 [(D0 + 1)(1 + mu) + mu] ||x_D - x~||^2 for batches of one; D0 = d/(4 L^2)."""
     chosen = options(batch_size=1, bits=4, mu=0.5)
     task, (inputs, _) = problem(), data().tensors
     smooth = 0.5 * float(inputs.square().sum(1).max() + 1)  # cross-entropy of two classes on rows of this norm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 
@@ -149,3 +150,15 @@ def test_a_host_without_a_seam_is_refused_by_name_and_version():
 
     with pytest.raises(UnsupportedError, match=r"DeepSpeed 9\.9\.9 has no object\.allreduce_bucket"):
         check(object(), ["allreduce_bucket"], "9.9.9")
+
+
+def test_the_example_configs_say_the_same_and_deepspeed_accepts_them():
+    from compression_plugins.adapters.deepspeed import install
+
+    install()
+    folder = Path(__file__).parents[3] / "configs/deepspeed"
+    documents = [init_utils.load_ds_config(str(folder / f"example.{kind}")) for kind in ("json", "yaml")]
+    assert documents[0] == documents[1]
+    config = DeepSpeedConfig(documents[1])
+    assert config.communication_compression.scheme.name == "scalecom"
+    assert DeepSpeedConfig(str(folder / "example.yaml")).optimizer_params["lr"] == 1e-3
