@@ -24,36 +24,44 @@ class State:
         self.tensors: dict[tuple[str, str], Tensor] = {}
         self._pieces: dict[str, dict[int, Tensor]] = {}
         self._flats: dict[tuple[Segment, ...], Tensor] = {}
-        self._undo: dict[int, tuple[Tensor, Tensor]] | None = {} if undoable else None
+        self._undoable = undoable
+        self._pieces_before: dict[str, dict[int, Tensor]] = {}
+        self._tensors_before: dict[tuple[str, str], Tensor] = {}
 
     def residual(self, bucket: Bucket) -> Tensor:
         """fp32 [bucket.numel], to be updated in place."""
+        if self._undoable:
+            for name in {segment.name for segment in bucket.segments} - self._pieces_before.keys():
+                self._pieces_before[name] = {at: p.clone() for at, p in self._pieces.get(name, {}).items()}
         flat = self._flats.get(bucket.segments)
         if flat is None:
             flat = torch.zeros(bucket.numel, device=bucket.device)
             for segment, home in zip(bucket.segments, flat.split([s.numel for s in bucket.segments])):
                 self._move(segment, home)
             self._flats[bucket.segments] = flat
-        return self._remember(flat)
+        return flat
 
     def tensor(self, slot: str, name: str, make: Callable[[], Tensor]) -> Tensor:
         """The tensor called `slot` of parameter `name`, to be updated in place; `make()` gives its first value."""
         if (slot, name) not in self.tensors:
             self.tensors[slot, name] = make()
-        return self._remember(self.tensors[slot, name])
+        if self._undoable and (slot, name) not in self._tensors_before:
+            self._tensors_before[slot, name] = self.tensors[slot, name].clone()
+        return self.tensors[slot, name]
 
     def commit(self) -> None:
         """Keep what the step did."""
-        if self._undo is not None:
-            self._undo.clear()
+        self._pieces_before.clear()
+        self._tensors_before.clear()
 
     def rollback(self) -> None:
         """Bring back what was there before the step."""
-        if self._undo is None:
+        if not self._undoable:
             raise CompressionError("the reducer was built without undo=True and cannot take back a skipped step")
-        for tensor, before in self._undo.values():
-            tensor.copy_(before)
-        self._undo.clear()
+        self._pieces.update(self._pieces_before)
+        self.tensors.update(self._tensors_before)
+        self._flats.clear()  # flats that the step made or moved are void; pieces find their places again
+        self.commit()
 
     def norm(self) -> float:
         """Euclidean norm of all residuals."""
@@ -99,11 +107,6 @@ class State:
                 pieces[high] = piece[high - start :]
             self._flats = {k: f for k, f in self._flats.items() if not any(s.name == segment.name for s in k)}
         pieces[segment.start] = home
-
-    def _remember(self, tensor: Tensor) -> Tensor:
-        if self._undo is not None and id(tensor) not in self._undo:
-            self._undo[id(tensor)] = (tensor, tensor.clone())
-        return tensor
 
 
 def reshard(saved: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from .. import __version__
 from ..errors import CompressionError
 from ..reducer import reshard
-from .deepspeed_handshake import differences
+from .differences import differences
 from .notice import announce
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 from ..errors import MismatchError
+from .differences import TIMEOUT_VARIABLE, differences
 
-#: Seconds to wait for the slowest rank; the environment variable overrides it.
-TIMEOUT_VARIABLE = "COMPRESSION_PLUGINS_HANDSHAKE_TIMEOUT"
+#: Seconds to wait for the slowest rank; the environment variable `TIMEOUT_VARIABLE` overrides it.
 DEFAULT_TIMEOUT = 60.0
 
 
@@ -64,18 +64,6 @@ def _compare(store: Store, key: str, size: int, facts: dict[str, Any], seconds: 
         if difference:
             return f"rank {other} differs from rank 0 in {'; '.join(difference)}. Give every rank the same files"
     return ""
-
-
-def differences(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
-    """`["config.ratio (100 on rank 0, 10 there)", ...]`, empty when equal."""
-    found = []
-    for name in sorted({*mine, *theirs}):
-        a, b = mine.get(name), theirs.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{name}.")
-        elif a != b:
-            found.append(f"{prefix}{name} ({a!r} on rank 0, {b!r} there)")
-    return found
 
 
 def _read(store: Store, key: str, seconds: float, rank: int) -> str:

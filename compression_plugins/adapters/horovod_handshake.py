@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import MismatchError
 from ..transports.base import Handle, Transport
-from .deepspeed_handshake import TIMEOUT_VARIABLE, differences
+from .differences import TIMEOUT_VARIABLE, differences
 
 #: Seconds to wait for the slowest rank's first step; the environment variable `TIMEOUT_VARIABLE` overrides it.
 DEFAULT_TIMEOUT = 300.0

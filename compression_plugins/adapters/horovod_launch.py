@@ -77,51 +77,27 @@ def configuration(compression: str | None, settings: Sequence[str], config_file:
         CompressionError: one sentence naming the mistake and the nearest valid choice.
     """
     source = compression if compression is not None else _section(config_file)
-    overrides = dict(_assignment(text) for text in settings)
-    if source is None:
-        if overrides:
-            raise ConfigError(
-                "--compression-set needs a scheme: add --compression NAME, or compression: to --config-file"
-            )
+    if source is None and not settings:
         return None
-    from ..config import Config  # brings pydantic; a launch without compression does not pay for it
+    from ..config import Config, parse_assignments  # brings pydantic; a launch without compression does not pay for it
 
-    return Config.load(source, overrides).to_dict()
+    if source is None:
+        raise ConfigError("--compression-set needs a scheme: add --compression NAME, or compression: to --config-file")
+    return Config.load(source, parse_assignments(settings)).to_dict()
 
 
 def _section(config_file: str | None) -> str | Mapping[str, Any] | None:
     if config_file is None:
         return None
-    import yaml
+    from ..config import read_document
 
-    try:
-        with open(config_file, encoding="utf-8") as file:
-            document = yaml.safe_load(file)
-    except OSError as error:
-        raise ConfigError(f"cannot read --config-file {config_file}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--config-file {config_file} is not UTF-8 text (byte {error.start})") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config-file {config_file} is not plain YAML: {' '.join(str(error).split())}") from None
-    section = document.get("compression") if isinstance(document, dict) else None
+    section = read_document(config_file).get("compression")
     if section is None or isinstance(section, str | dict):
         return section
     raise ConfigError(
         f"--config-file {config_file}: compression must be a scheme's name, a path or a mapping, "
         f"not {type(section).__name__}"
     )
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    import yaml
-
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"--compression-set {text!r}: write KEY=VALUE, for example ratio=100")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"--compression-set {text!r}: {value!r} is not a YAML value") from None
 
 
 def _check_door() -> None:

@@ -59,10 +59,11 @@ class Problem:
             raise UnsupportedError(f"{self.numel:,} parameters require gradients; 1 to {MAX_NUMEL:,} are possible")
         if loss_fn is None and forward is None:
             raise CompressionError("give loss_fn, or forward for batches that are not (inputs, targets)")
+        self._start = flatten(self._parameters)
 
     def start(self) -> Tensor:
-        """The model's present parameters, fp32 CPU [numel]."""
-        return flatten(self._parameters)
+        """The model's parameters as they were given, fp32 CPU [numel]."""
+        return self._start.clone()
 
     def gradient(self, x: Tensor, indices: np.ndarray, seed: int) -> tuple[float, Tensor]:
         """Mean loss and its gradient (fp32 CPU [numel]) over samples `indices`, at x.

@@ -1,9 +1,9 @@
 """The server's event loop: one thread, non-blocking TCP sockets of the standard library.
 
-Why not torch.distributed point-to-point: a gloo group is a full mesh that is wired when it is made. A peer that dies
-makes operations of the survivors fail or wait for the group's time-out, a new process cannot enter the group, there is
-no receive from "whoever is first" that survives a lost peer, and nothing authenticates who connects. To tolerate a
-worker that dies, hangs or comes back is what this server is for, and its messages are bytes of varying length.
+Why not torch.distributed point-to-point: a gloo group is a full mesh of ranks that is wired once. Survivors of a dead
+peer can go on (`recv` from any source does), but no process can enter the group afterwards, so a worker that died could
+not come back and a server that was restarted would lose all workers; and both the rendezvous and the pairs admit
+whoever reaches their ports. What travels is short messages of varying length in host memory, for which TCP is as fast.
 
 It binds loopback unless told otherwise, admits whoever knows the token (`handshake`), reads no size that it has not
 computed itself (`messages.parse_header`), bounds the time and number of connections that have not proved themselves,

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from ..errors import CompressionError, ConfigError
 from .client import run_worker
 from .options import Options
-from .problem import Forward, Problem, unflatten
+from .problem import Forward, Problem, flatten, unflatten
 from .records import Epoch
 from .server import Server
 from .service import Service
@@ -116,7 +116,7 @@ class AsyncTrainer:
 
     def _new_server(self) -> Server:
         save = self._save if self.checkpoint is not None else None
-        server = Server(self.options, self.problem.start(), self.problem.samples, self._progress, save)
+        server = Server(self.options, flatten_model(self.model), self.problem.samples, self._progress, save)
         if self.checkpoint is not None and self.checkpoint.exists():
             server.load_state_dict(load_checkpoint(self.checkpoint))
         self.server = server
@@ -236,8 +236,6 @@ def with_defaults(options: Options, defaults: Mapping[str, Any], config: Any, ov
 
 def flatten_model(model: nn.Module) -> Tensor:
     """Parameters that require gradients, fp32 CPU [numel]."""
-    from .problem import flatten
-
     return flatten([p for p in model.parameters() if p.requires_grad])
 
 

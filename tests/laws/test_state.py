@@ -87,3 +87,15 @@ def test_a_bucket_that_stays_keeps_its_memory_in_place() -> None:
     state = State()
     one = bucket(("a", 0, 4))
     assert state.residual(one).data_ptr() == state.residual(bucket(("a", 0, 4))).data_ptr()
+
+
+def test_a_skipped_step_leaves_no_trace_when_buckets_changed_within_it() -> None:
+    state = State(undoable=True)
+    state.residual(bucket(("a", 0, 4), ("b", 0, 3))).copy_(torch.arange(7.0))
+    state.commit()
+    state.residual(bucket(("a", 0, 4), ("b", 0, 3))).mul_(-1)  # two micro-batches with different buckets
+    state.residual(bucket(("b", 0, 3), ("a", 2, 2))).fill_(9)
+    state.residual(bucket(("new", 0, 2))).fill_(1)
+    state.rollback()
+    assert state.residual(bucket(("a", 0, 4), ("b", 0, 3))).tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert state.residual(bucket(("new", 0, 2))).tolist() == [0, 0]

@@ -181,3 +181,10 @@ def test_a_mistake_on_the_command_line_is_one_sentence(arguments: list[str], mes
     process = launch("--task", "tests.parameter_server.task:tiny", *arguments)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 2 and message in out and "Traceback" not in out, out
+
+
+def test_a_problem_keeps_where_it_started() -> None:
+    task = Problem(linear(), nn.functional.cross_entropy, data())
+    before = task.start()
+    task.loss(before + 1)
+    assert torch.equal(task.start(), before)
