@@ -57,19 +57,20 @@ class QuantizedWeights:
         self._parameters = dict(parameters)
         self._exact: dict[str, Tensor] = {}
         self._snapshots: dict[str, Tensor] = {}
+        self._quantized: list[str] = []  # names whose parameter holds Q(x), with x in `_exact`
         self._marks: dict[str, Tensor] = {}
         self.bits: dict[str, int | None] = {}
 
     @torch.no_grad()
     def restore(self) -> None:
         """Before the optimizer's step: put the exact weights back. Weights that someone has overwritten since stay."""
-        if self._exact:
-            now = torch.stack([self._mark(name) for name in self._exact])
-            same = (now == torch.stack([self._marks[name] for name in self._exact])).all(1).tolist()
-            for (name, exact), untouched in zip(self._exact.items(), same):
+        if self._quantized:
+            now = torch.stack([self._mark(name) for name in self._quantized])
+            same = (now == torch.stack([self._marks[name] for name in self._quantized])).all(1).tolist()
+            for name, untouched in zip(self._quantized, same):
                 if untouched:
-                    self._parameters[name].copy_(exact)
-        self._exact.clear()
+                    self._parameters[name].copy_(self._exact[name])
+        self._quantized = []
 
     @torch.no_grad()
     def quantize(self, step: int) -> None:
@@ -77,30 +78,41 @@ class QuantizedWeights:
         if step % self.scheme.snapshot_steps == 0 or not self._snapshots:
             self._snapshots = {name: p.detach().float().clone() for name, p in self._parameters.items()}
             return
-        measures = [torch.stack([p.abs().max().float(), (p.float() - self._snapshots[name]).norm()])
-                    for name, p in self._parameters.items() if p.numel()]  # fmt: skip
-        values = torch.stack([m.cpu() for m in measures]).tolist() if measures else []
-        for number, ((name, p), (largest, distance)) in enumerate(zip(self._parameters.items(), values)):
-            bits = self.bits[name] = mu_rule_bits(largest, distance, p.numel(), self.scheme.mu)
+        for number, (name, p) in enumerate(self._parameters.items()):
+            bits = self.bits[name] = mu_rule_bits(*self._measure(name), p.numel(), self.scheme.mu)
             if bits is None:
                 continue
-            self._exact[name] = p.detach().clone()
-            flat = p.detach().float().reshape(-1)
-            codec = weight_codec(bits, flat.numel())
+            if name not in self._exact:
+                self._exact[name] = torch.empty_like(p)
+            self._exact[name].copy_(p)
+            codec, flat = weight_codec(bits, p.numel()), p.detach().reshape(-1)
             payload = codec.encode(flat, K.Key(self.seed, number, step, 0, stream=1 << 30))
-            p.copy_(codec.decode(payload, flat.numel()).view_as(p))
+            in_place = p.dtype == torch.float32 and p.is_contiguous()
+            decoded = codec.decode(payload, p.numel(), out=flat if in_place else None)
+            if not in_place:
+                p.copy_(decoded.view_as(p))
+            self._quantized.append(name)
             self._marks[name] = self._mark(name)
+
+    def _measure(self, name: str) -> tuple[float, float]:
+        """max|x| and ||x - x~||, Euclidean."""
+        flat = self._parameters[name].detach().reshape(-1)
+        distance = K.stats(flat, residual=self._snapshots[name].reshape(-1), alpha=-1.0)[2].sqrt()
+        largest, distance = torch.stack([K.stats(flat)[0], distance]).tolist()
+        return largest, distance
 
     def _mark(self, name: str) -> Tensor:
         """By which overwritten weights are told; a broadcast from C++ leaves no trace but in the values themselves."""
         return K.stats(self._parameters[name].detach().reshape(-1))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"exact": {n: t.clone() for n, t in self._exact.items()}, "snapshots": dict(self._snapshots)}
+        exact = {name: self._exact[name].clone() for name in self._quantized}
+        return {"exact": exact, "snapshots": {name: t.clone() for name, t in self._snapshots.items()}}
 
     @torch.no_grad()
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Call after the model's own weights are loaded."""
         self._exact = {name: tensor.clone() for name, tensor in saved["exact"].items()}
         self._snapshots = {name: tensor.clone() for name, tensor in saved["snapshots"].items()}
-        self._marks = {name: self._mark(name) for name in self._exact}
+        self._quantized = list(self._exact)
+        self._marks = {name: self._mark(name) for name in self._quantized}

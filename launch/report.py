@@ -38,6 +38,8 @@ NOTES = (
     "communication, on the same core during the same run; encoding and decoding count as exposed.",
     "MB sent a step: by one rank, headers included, from the kernel's counter of its network interface; mean over "
     "all steps, dense warm-up and flush steps included. Speed-up and ratio: against `none` on the same host framework.",
+    "Optimizer: learning rate 0.2, momentum 0.5, cosine decay, for every scheme. Dense training does as well with it as with "
+    "0.05 and 0.9 (92.7 and 93.1 % after 160 steps); error feedback does not: high momentum costs it accuracy in a short job.",
     "One run a scheme, one seed, 1,000 test digits: accuracies closer than about 1 % are equal.",
 )
 
