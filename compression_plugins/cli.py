@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 
@@ -44,9 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 ),
                 end="",
             )
+        sys.stdout.flush()
     except CompressionError as error:
         print(f"compression-plugins: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

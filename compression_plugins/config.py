@@ -60,7 +60,7 @@ def read_document(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def parse_assignments(texts: Sequence[str]) -> dict[str, Any]:
-    """`["ratio=100", "eta_s=1e-3"]` as a dict; values are YAML. Raises `ConfigError` naming the text that is neither."""
+    """`["ratio=100", "eta_s=1e-3"]` as a dict; values are YAML. Raises `ConfigError` naming the text at fault."""
     values: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")

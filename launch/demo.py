@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from rich.console import Console
@@ -45,19 +46,20 @@ class Settings:
     width: int = 2048
     evaluate_every: int = 10
     batch: int = 32
+    seeds: int = 1
     target: float = 0.91
 
-    def script_arguments(self, record: Path, interface: str) -> list[str]:
+    def script_arguments(self, record: Path, interface: str, seed: int) -> list[str]:
         return [
             *("--steps", str(self.steps), "--width", str(self.width), "--evaluate-every", str(self.evaluate_every)),
-            *("--record", str(record), "--interface", interface),
+            *("--record", str(record), "--interface", interface, "--seed", str(seed)),
         ]
 
     def job(self) -> str:
         parameters = 784 * self.width + self.width * self.width + 10 * self.width + 2 * self.width + 10
         return (
             f"MNIST-5k, perceptron of {parameters / 1e6:.1f} M parameters, {self.ranks} ranks × {self.batch} images, "
-            f"{self.steps} steps of SGD, same settings for every scheme"
+            f"{self.steps} steps of SGD, same settings for every scheme; seeds: {self.seeds}"
         )
 
 
@@ -70,15 +72,15 @@ def config_of(scheme: str) -> str:
     return str(path) if path.exists() else scheme
 
 
-def start_horovod(lab: NetLab | Loopback, scheme: str, settings: Settings, folder: Path) -> Job:
+def start_horovod(lab: NetLab | Loopback, scheme: str, settings: Settings, folder: Path, seed: int) -> Job:
     """`none` is stock Horovod, without our flag: its own fusion and overlap are the baseline."""
     flags = [] if scheme == "none" else ["--compression", config_of(scheme)]
     script = [sys.executable, "-m", "launch.train", "--batch", str(settings.batch)]
-    arguments = settings.script_arguments(folder, lab.interface)
+    arguments = settings.script_arguments(folder, lab.interface, seed)
     return lab.horovod([*script, *arguments], flags, _environment(), folder / "log.txt")
 
 
-def start_deepspeed(lab: NetLab | Loopback, scheme: str, settings: Settings, folder: Path) -> Job:
+def start_deepspeed(lab: NetLab | Loopback, scheme: str, settings: Settings, folder: Path, seed: int) -> Job:
     """The same YAML file as under Horovod, named by the config's block; `none` is stock DeepSpeed without the block."""
     config: dict[str, object] = {
         "train_micro_batch_size_per_gpu": settings.batch,
@@ -91,7 +93,7 @@ def start_deepspeed(lab: NetLab | Loopback, scheme: str, settings: Settings, fol
     path = folder / "ds_config.json"
     path.write_text(json.dumps(config, indent=2))
     command = ["--module", "launch.train_deepspeed", "--deepspeed_config", str(path)]
-    arguments = settings.script_arguments(folder, lab.interface)
+    arguments = settings.script_arguments(folder, lab.interface, seed)
     return lab.deepspeed([*command, *arguments], free_port(), _environment(), folder / "log.txt")
 
 
@@ -142,16 +144,17 @@ def run_all(
 ) -> list[Result]:
     """Runs each (host framework, scheme) in turn and reads what it measured."""
     results = []
-    for host, scheme in runs:
-        folder = out / "runs" / f"{host}-{scheme}"
+    for seed, (host, scheme) in product(range(settings.seeds), runs):
+        folder = out / "runs" / f"{host}-{scheme}-{seed}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        job = (start_horovod if host == "horovod" else start_deepspeed)(lab, scheme, settings, folder)
+        job = (start_horovod if host == "horovod" else start_deepspeed)(lab, scheme, settings, folder, seed)
         try:
-            follow(job, folder, f"{host}: {scheme}", settings, console, limit_s=300)
+            label = f"{host}: {scheme}" + (f", seed {seed}" if settings.seeds > 1 else "")
+            follow(job, folder, label, settings, console, limit_s=300)
         finally:
             job.kill()
-        results.append(read_run(folder, host, scheme))
+        results.append(read_run(folder, host, scheme, seed))
     return results
 
 
@@ -164,6 +167,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--deepspeed", nargs="*", metavar="SCHEME", help="schemes to run under DeepSpeed")
     parser.add_argument("--ranks", type=int, help="number of ranks (default 2)")
     parser.add_argument("--steps", type=int, help="training steps a run")
+    parser.add_argument("--seeds", type=int, help="runs of everything, each with other weights and data order")
     parser.add_argument("--publish", action="store_true", help="also write docs/demo.* and the README's table")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the report (default out/demo)")
     return parser.parse_args(argv)
@@ -173,7 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     console = Console()
     base = QUICK if args.quick else Settings()
-    overrides = {name: value for name, value in (("ranks", args.ranks), ("steps", args.steps)) if value}
+    overrides = {
+        name: value for name, value in (("ranks", args.ranks), ("steps", args.steps), ("seeds", args.seeds)) if value
+    }
     settings = Settings(**{**base.__dict__, **overrides})
     schemes = args.schemes or (["none", "scalecom"] if args.quick else SCHEMES)
     deepspeed = args.deepspeed if args.deepspeed is not None else ([] if args.quick else DEEPSPEED_SCHEMES)

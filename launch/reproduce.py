@@ -19,6 +19,7 @@ from compression_plugins.errors import CompressionError, nearest
 #: Name -> module with DESCRIPTION and run(out, quick) -> headline.
 EXPERIMENTS = {
     "asylpg-bits": "launch.experiments.asylpg_bits",
+    "asylpg-mu": "launch.experiments.asylpg_mu",
 }
 
 

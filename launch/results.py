@@ -33,6 +33,7 @@ class Result:
         sent_bytes: bytes a rank sent over its interface in a step: mean over all ranks and all steps.
         typical_bytes: the same, median over the steps: without the rare dense ones (warm-up, flush).
         points: evaluations in order of time.
+        seed: of the initial weights and the order of the data.
     """
 
     host: str
@@ -44,6 +45,7 @@ class Result:
     sent_bytes: float
     typical_bytes: float
     points: list[Point] = field(default_factory=list)
+    seed: int = 0
 
     @property
     def exposed_s(self) -> float:
@@ -72,7 +74,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def read_run(folder: Path, host: str, scheme: str) -> Result:
+def read_run(folder: Path, host: str, scheme: str, seed: int = 0) -> Result:
     """Figures of the run whose ranks recorded into `folder`.
 
     Raises:
@@ -100,4 +102,5 @@ def read_run(folder: Path, host: str, scheme: str) -> Result:
         sent_bytes=mean(per_step),
         typical_bytes=median(per_step),
         points=points,
+        seed=seed,
     )

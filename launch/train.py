@@ -20,6 +20,7 @@ from launch.task import batches, correct, load_digits, perceptron
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of the data")
     parser.add_argument("--batch", type=int, default=32, help="images a rank and step")
     parser.add_argument("--width", type=int, default=2048, help="units of the two hidden layers")
     parser.add_argument("--lr", type=float, default=0.2)
@@ -34,7 +35,7 @@ def main() -> None:
     args = arguments()
     hvd.init()
     torch.set_num_threads(1)
-    torch.manual_seed(1)
+    torch.manual_seed(args.seed)
     train, test = load_digits()
     model = perceptron(args.width)
     twin = ComputeOnly(model, args.lr, args.momentum)
@@ -46,7 +47,7 @@ def main() -> None:
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)
 
     recorder = Recorder(args.record, hvd.rank(), hvd.size(), args.interface)
-    data = batches(train, args.batch, hvd.rank(), hvd.size())
+    data = batches(train, args.batch, hvd.rank(), hvd.size(), args.seed)
     for step, (images, labels) in zip(range(1, args.steps + 1), data, strict=False):
         with recorder.step(step) as watch:
             optimizer.zero_grad()

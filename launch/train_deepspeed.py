@@ -20,6 +20,7 @@ from launch.task import batches, correct, load_digits, perceptron
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of the data")
     parser.add_argument("--width", type=int, default=2048, help="units of the two hidden layers")
     parser.add_argument("--lr", type=float, default=0.2)
     parser.add_argument("--momentum", type=float, default=0.5)
@@ -35,7 +36,7 @@ def main() -> None:
     # DeepSpeed's shared-memory collective is compiled at the first start and serves only ranks of one machine.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.set_num_threads(1)
-    torch.manual_seed(1)
+    torch.manual_seed(args.seed)
     train, test = load_digits()
     model = perceptron(args.width)
     twin = ComputeOnly(model, args.lr, args.momentum)
@@ -46,7 +47,7 @@ def main() -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
 
     recorder = Recorder(args.record, rank, ranks, args.interface)
-    data = batches(train, engine.train_micro_batch_size_per_gpu(), rank, ranks)
+    data = batches(train, engine.train_micro_batch_size_per_gpu(), rank, ranks, args.seed)
     for step, (images, labels) in zip(range(1, args.steps + 1), data, strict=False):
         with recorder.step(step):
             loss = F.cross_entropy(engine(images), labels)

@@ -169,9 +169,9 @@ class Service:
                     self._begin_when_ready(started)
                 self._drop_who_is_late()
                 self._flush()
-        except CompressionError as error:
+        except BaseException as error:  # an interrupt too: workers should not wait for a server that is gone
             self.server.outbox.clear()
-            self.server.finish(str(error), error=True)
+            self.server.finish(str(error) or type(error).__name__, error=True)
             raise
         finally:
             self._goodbye()

@@ -82,6 +82,8 @@ class AsyncTrainer:
         self.model, self.loader, self.forward, self.loss_fn = model, loader, forward, loss_fn
         self.problem = Problem(model, loss_fn, loader, forward, "cpu")
         self.checkpoint = Path(checkpoint) if checkpoint is not None else None
+        if self.checkpoint is not None and not self.checkpoint.parent.is_dir():
+            raise ConfigError(f"checkpoint {self.checkpoint}: the folder {self.checkpoint.parent} does not exist")
         self.delays, self.device = delays, device
         self._progress = _print_row if progress is True else progress or None
         self.server: Server | None = None

@@ -52,9 +52,9 @@ class Run:
     points: list[tuple[int, int, float]] = field(default_factory=list)
 
 
-def measure(method: str, seed: int, problem: Problem, best: float, target: float, epochs: int) -> Run:
+def measure(method: str, seed: int, problem: Problem, best: float, target: float, epochs: int, **changes: Any) -> Run:
     """Run until the gap P(x) - P* is at the target. The loss is evaluated beside the run and costs no bits."""
-    options = Options.load({**SETTINGS, "method": method, "seed": seed, "epochs": epochs})
+    options = Options.load({**SETTINGS, "method": method, "seed": seed, "epochs": epochs, **changes})
     result = Run(method, seed)
 
     def watch(server: Server) -> None:
@@ -88,11 +88,11 @@ def run(out: Path, quick: bool) -> str:
     runs = []
     with (out / "runs.jsonl").open("w", encoding="utf-8") as records:
         for number, (method, seed) in enumerate(jobs):
-            _progress(number, len(jobs), f"{method}, seed {seed}")
+            progress(number, len(jobs), f"{method}, seed {seed}")
             runs.append(measure(method, seed, problem, best, target, epochs))
             record = {"target": target, "optimum": best, **SETTINGS, **asdict(runs[-1])}
             records.write(json.dumps(record) + "\n")
-    _progress(len(jobs), len(jobs), "done")
+    progress(len(jobs), len(jobs), "done")
     by_method = {method: [r for r in runs if r.method == method] for method in METHODS}
     print(_table(by_method, target, best))
     _picture(by_method, target, out / "asylpg_bits.png")
@@ -105,11 +105,12 @@ def _ratio(by_method: dict[str, list[Run]], method: str, attribute: str) -> list
     return [a / b for a, b in pairs if a and b]
 
 
-def _figure(values: Sequence[float], digits_: int = 2) -> str:
+def figure(values: Sequence[float], places: int = 2) -> str:
+    """Mean ± standard deviation."""
     if not values:
         return "-"
-    spread = f" ±{stdev(values):.{digits_}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits_}f}{spread}"
+    spread = f" ±{stdev(values):.{places}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{places}f}{spread}"
 
 
 def _table(by_method: dict[str, list[Run]], target: float, best: float) -> str:
@@ -121,20 +122,20 @@ def _table(by_method: dict[str, list[Run]], target: float, best: float) -> str:
     for method, runs in by_method.items():
         bits = [r.bits / 1e8 for r in runs if r.bits]
         lines.append(
-            f"{method:15s} {_figure(bits):>14s} {_figure(_ratio(by_method, method, 'bits')):>14s} "
-            f"{_figure(_ratio(by_method, method, 'inner_bits')):>18s} "
-            f"{_figure([r.epochs for r in runs if r.epochs]):>13s} {_figure([r.model_bits for r in runs]):>14s} "
-            f"{_figure([100 * r.survivors for r in runs if r.survivors]):>12s}"
+            f"{method:15s} {figure(bits):>14s} {figure(_ratio(by_method, method, 'bits')):>14s} "
+            f"{figure(_ratio(by_method, method, 'inner_bits')):>18s} "
+            f"{figure([r.epochs for r in runs if r.epochs]):>13s} {figure([r.model_bits for r in runs]):>14s} "
+            f"{figure([100 * r.survivors for r in runs if r.survivors]):>12s}"
         )
     return "\n".join(lines)
 
 
 def _headline(by_method: dict[str, list[Run]], target: float, seeds: int) -> str:
     def saving(method: str) -> str:
-        return f"{method} {_figure(_ratio(by_method, method, 'bits'))}x"
+        return f"{method} {figure(_ratio(by_method, method, 'bits'))}x"
 
     def pick(method: str) -> str:
-        return f"{method} {_figure(_ratio(by_method, method, 'inner_bits'))}x"
+        return f"{method} {figure(_ratio(by_method, method, 'inner_bits'))}x"
 
     names = ("asylpg", "acc_asylpg", "sparse_asylpg")
     return (
@@ -150,7 +151,7 @@ def _picture(by_method: dict[str, list[Run]], target: float, path: Path) -> None
     from matplotlib import pyplot as plt
 
     colours = ["#555555", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00"]
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    drawing, axes = plt.subplots(figsize=(7, 4.5))
     for (method, runs), colour in zip(by_method.items(), colours):
         for number, each in enumerate(runs):
             x: list[Any] = [bits for _, bits, _ in each.points]
@@ -160,12 +161,13 @@ def _picture(by_method: dict[str, list[Run]], target: float, path: Path) -> None
     axes.set(xscale="log", yscale="log", xlabel="bits sent and received, snapshots included", ylabel="P(x) - P*")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    drawing.tight_layout()
+    drawing.savefig(path, dpi=150)
+    plt.close(drawing)
 
 
-def _progress(done: int, total: int, text: str) -> None:
+def progress(done: int, total: int, text: str) -> None:
+    """One line on a terminal, one line a call elsewhere."""
     bar = "#" * (20 * done // total)
     end = "\n" if done == total or not sys.stderr.isatty() else ""
     print(f"\r[{bar:20s}] {done}/{total} {text:32s}", end=end, file=sys.stderr, flush=True)

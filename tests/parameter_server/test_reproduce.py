@@ -37,3 +37,11 @@ def test_list_and_unknown_names() -> None:
     assert "asylpg-bits" in reproduce("--list").stdout
     wrong = reproduce("asylpg-bit")
     assert wrong.returncode == 2 and "did you mean 'asylpg-bits'" in wrong.stderr
+
+
+def test_asylpg_mu_spends_fewer_bits_on_weights_as_mu_grows(tmp_path: Path) -> None:
+    done = reproduce("asylpg-mu", "--quick", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    widths = [run["model_bits"] for run in map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())]
+    assert len(widths) == 3 and widths == sorted(widths, reverse=True) and widths[0] > widths[-1] + 2
+    assert (tmp_path / "asylpg_mu.png").stat().st_size > 5000

@@ -121,6 +121,8 @@ def test_what_cannot_work_is_refused_before_anything_starts() -> None:
         AsyncTrainer(nn.ReLU(), loss, data())
     with pytest.raises(ConfigError, match="did you mean 'epochs'"):
         AsyncTrainer(linear(), loss, data(), epoch=3)
+    with pytest.raises(ConfigError, match="does not exist"):
+        AsyncTrainer(linear(), loss, data(), checkpoint="/nowhere/server.pt")
     with pytest.raises(CompressionError, match="give loss_fn"):
         AsyncTrainer(linear(), None, data())
     with pytest.raises(ConfigError, match="instead of lambdas"):
