@@ -57,6 +57,7 @@ class QuantizedWeights:
         self._parameters = dict(parameters)
         self._exact: dict[str, Tensor] = {}
         self._snapshots: dict[str, Tensor] = {}
+        self._peaks: dict[str, Tensor] = {}  # max|x~|
         self._quantized: list[str] = []  # names whose parameter holds Q(x), with x in `_exact`
         self._marks: dict[str, Tensor] = {}
         self.bits: dict[str, int | None] = {}
@@ -65,9 +66,8 @@ class QuantizedWeights:
     def restore(self) -> None:
         """Before the optimizer's step: put the exact weights back. Weights that someone has overwritten since stay."""
         if self._quantized:
-            now = torch.stack([self._mark(name) for name in self._quantized])
-            same = (now == torch.stack([self._marks[name] for name in self._quantized])).all(1).tolist()
-            for name, untouched in zip(self._quantized, same):
+            same = torch.stack([(self._mark(name) == self._marks[name]).all() for name in self._quantized])
+            for name, untouched in zip(self._quantized, same.tolist()):
                 if untouched:
                     self._parameters[name].copy_(self._exact[name])
         self._quantized = []
@@ -76,7 +76,7 @@ class QuantizedWeights:
     def quantize(self, step: int) -> None:
         """After optimizer step number `step` (from 0): compute the next gradients at Q(x)."""
         if step % self.scheme.snapshot_steps == 0 or not self._snapshots:
-            self._snapshots = {name: p.detach().float().clone() for name, p in self._parameters.items()}
+            self._take_snapshots({name: p.detach().float().clone() for name, p in self._parameters.items()})
             return
         for number, (name, p) in enumerate(self._parameters.items()):
             bits = self.bits[name] = mu_rule_bits(*self._measure(name), p.numel(), self.scheme.mu)
@@ -95,15 +95,21 @@ class QuantizedWeights:
             self._marks[name] = self._mark(name)
 
     def _measure(self, name: str) -> tuple[float, float]:
-        """max|x| and ||x - x~||, Euclidean."""
-        flat = self._parameters[name].detach().reshape(-1)
-        distance = K.stats(flat, residual=self._snapshots[name].reshape(-1), alpha=-1.0)[2].sqrt()
-        largest, distance = torch.stack([K.stats(flat)[0], distance]).tolist()
+        """A bound of max|x|, and ||x - x~||, Euclidean, in one pass: max|x| <= max|x~| + max|x - x~|."""
+        moved = K.stats(
+            self._parameters[name].detach().reshape(-1), residual=self._snapshots[name].reshape(-1), alpha=-1.0
+        )
+        largest, distance = torch.stack([self._peaks[name] + moved[0], moved[2].sqrt()]).tolist()
         return largest, distance
 
+    def _take_snapshots(self, snapshots: dict[str, Tensor]) -> None:
+        self._snapshots = snapshots
+        self._peaks = {name: K.stats(snapshot.reshape(-1))[0] for name, snapshot in snapshots.items()}
+
     def _mark(self, name: str) -> Tensor:
-        """By which overwritten weights are told; a broadcast from C++ leaves no trace but in the values themselves."""
-        return K.stats(self._parameters[name].detach().reshape(-1))
+        """A sample by which overwritten weights are told; a broadcast from C++ leaves no trace but in the values."""
+        flat = self._parameters[name].detach().reshape(-1)
+        return flat[:: max(1, flat.numel() // 1024)].clone()
 
     def state_dict(self) -> dict[str, Any]:
         exact = {name: self._exact[name].clone() for name in self._quantized}
@@ -113,6 +119,6 @@ class QuantizedWeights:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Call after the model's own weights are loaded."""
         self._exact = {name: tensor.clone() for name, tensor in saved["exact"].items()}
-        self._snapshots = {name: tensor.clone() for name, tensor in saved["snapshots"].items()}
+        self._take_snapshots({name: tensor.clone() for name, tensor in saved["snapshots"].items()})
         self._quantized = list(self._exact)
         self._marks = {name: self._mark(name) for name in self._quantized}
