@@ -21,6 +21,14 @@ def parser() -> argparse.ArgumentParser:
     kernels.add_argument("--no-compile", action="store_true", help="leave out torch.compile (most of the time)")
     kernels.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object a row")
     kernels.set_defaults(run=_kernels)
+    schemes = commands.add_parser("schemes", help="time, size and error of every scheme, beside bf16")
+    schemes.add_argument("--schemes", nargs="+", metavar="NAME", help="default: every registered one")
+    schemes.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    schemes.add_argument("--numel", type=int, default=1 << 20, help="elements of the bucket")
+    schemes.add_argument("--ranks", type=int, default=2, help="ranks, all in this process")
+    schemes.add_argument("--steps", type=int, default=10, help="steps after warm-up, of which the median counts")
+    schemes.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object a row")
+    schemes.set_defaults(run=_schemes)
     return top
 
 
@@ -42,6 +50,15 @@ def _kernels(options: argparse.Namespace) -> None:
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     bench_kernels.run(device, options.numel, options.repeats, not options.no_compile, options.only, options.json)
+
+
+def _schemes(options: argparse.Namespace) -> None:
+    import torch
+
+    from . import bench_schemes
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    bench_schemes.run(device, options.schemes, options.numel, options.ranks, options.steps, options.json)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,16 @@ of the mean over steps, which error feedback and unbiased rounding make small.
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
 from . import registry
+from .bench_timing import machine, one_thread
 from .config import Config
 from .plan import Bucket, Segment
 from .reducer import Reducer
@@ -68,8 +71,14 @@ def table(rows: list[SchemeRow]) -> str:
     )
 
 
-def as_dict(row: SchemeRow) -> dict[str, object]:
-    return asdict(row)
+def run(device: str, names: list[str] | None, numel: int, ranks: int, steps: int, json_file: Path | None) -> None:
+    """Measure, print the table, and write one JSON object a row with the machine and the date."""
+    with one_thread():
+        rows = measure(names, numel, ranks, steps, device)
+    about = machine(torch.device(device))
+    print(f"{about['machine']}, {about['date']}; {numel:,} values, {ranks} ranks, one thread\n\n{table(rows)}")
+    if json_file is not None:
+        json_file.write_text("".join(json.dumps({**about, **asdict(row)}) + "\n" for row in rows))
 
 
 def _measure(name: str, numel: int, ranks: int, steps: int, device: str) -> dict:

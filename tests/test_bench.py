@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from compression_plugins import bench, bench_kernels
+from compression_plugins import bench, bench_kernels, registry
 from compression_plugins.triton_kernels import dispatch
 
 COLUMNS = {
@@ -89,3 +89,19 @@ def test_threads_are_restored(capsys):
     before = torch.get_num_threads()
     run(capsys, "--numel", "64", "--only", "sign_bits", "--no-compile")
     assert torch.get_num_threads() == before
+
+
+def test_every_scheme_has_a_row_beside_bf16(capsys, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert bench.main(["schemes", "--device", "cpu", "--numel", "4096", "--steps", "2", "--json", str(path)]) == 0
+    rows = {row["scheme"]: row for row in map(json.loads, path.read_text().splitlines())}
+    assert list(rows) == registry.names() and rows["bf16"]["time_vs_bf16"] == 1
+    text = capsys.readouterr().out
+    assert all(f"\n{name} " in text for name in rows) and rows["none"]["ratio"] == 1
+    assert rows["none"]["vnmse"] < 1e-12 < rows["qsgd"]["bias"] < rows["qsgd"]["vnmse"]
+    assert all(row["milliseconds"] > 0 and row["machine"] and row["date"] for row in rows.values())
+
+
+def test_an_unknown_scheme_is_one_line(capsys):
+    assert bench.main(["schemes", "--schemes", "scalecm", "--numel", "64"]) == 2
+    assert "did you mean 'scalecom'" in capsys.readouterr().err
