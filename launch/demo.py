@@ -42,7 +42,7 @@ class Settings:
     """What all runs of a demonstration share."""
 
     ranks: int = 2
-    steps: int = 160
+    steps: int = 140
     width: int = 2048
     evaluate_every: int = 10
     batch: int = 32
