@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from compression_plugins.config import parse_assignments
 from compression_plugins.errors import CompressionError, ConfigError
 from compression_plugins.parameter_server import AsyncTrainer
 from compression_plugins.parameter_server.client import run_worker
@@ -73,12 +73,7 @@ def host_port(text: str | None, option: str) -> tuple[str, int]:
 
 
 def run(args: argparse.Namespace) -> None:
-    overrides = {}
-    for item in args.set:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise ConfigError(f"--set takes KEY=VALUE, not {item!r}")
-        overrides[key] = yaml.safe_load(value)
+    overrides = parse_assignments(args.set)
     if args.role == "worker" and (args.rank is None or args.connect is None):
         raise ConfigError("--role worker needs --rank and --connect")
     if args.role != "all":

@@ -6,12 +6,11 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..config import read_document
 from ..errors import ConfigError, nearest
 
 Positive = Annotated[float, Field(gt=0)]
@@ -97,15 +96,4 @@ class Options(BaseModel):
 def _read(source: str | os.PathLike[str] | Mapping[str, Any] | None) -> tuple[dict[str, Any], str]:
     if source is None or isinstance(source, Mapping):
         return dict(source or {}), "parameter-server options"
-    path = Path(source)
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path} must hold a mapping, not {type(document).__name__}")
-    return document, str(path)
+    return read_document(source), str(source)
