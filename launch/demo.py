@@ -26,9 +26,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from launch.document import Machine
 from launch.jobs import Job, JobError, Loopback
 from launch.netlab import NetLab, available
-from launch.report import Machine, Report
+from launch.report import Report
 from launch.results import Result, read_records, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.write(args.out)
     if args.publish:
         report.publish(ROOT)
-    console.print(f"\n{report.text()}\n\n{report.machine}\n", markup=False, soft_wrap=True, highlight=False)
+    console.print(f"\n{report.table().text()}\n\n{report.machine}\n", markup=False, soft_wrap=True, highlight=False)
     console.print(f"{args.out}/demo.html  demo.png  demo.md  results.json", markup=False, highlight=False)
     return 0
 

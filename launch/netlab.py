@@ -100,6 +100,8 @@ class NetLab:
         # Interface names hold 15 characters. The process id makes two labs distinct, the serial two in one process.
         self._prefix = f"cl{os.getpid()}x{next(_serial)}"
         self.namespaces = [f"{self._prefix}h{i}" for i in range(hosts)]
+        self._ports = [f"{self._prefix}v{i}" for i in range(hosts)]
+        self._jobs: list[Job] = []
         self.addresses: list[str] = []
         self.description = f"{hosts} network namespaces, {rate or 'unshaped'} each way"
         self._reaper: subprocess.Popen[bytes] | None = None
@@ -126,6 +128,8 @@ class NetLab:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        for job in self._jobs:
+            job.kill()
         if self._reaper and self._reaper.stdin:
             self._reaper.stdin.close()
             self._reaper.wait()
@@ -133,9 +137,11 @@ class NetLab:
 
     def _start_reaper(self) -> None:
         lines = ["trap '' INT TERM HUP", "cat >/dev/null"]
-        for name in self.namespaces:
+        for name, port in zip(self.namespaces, self._ports):
             lines += [
                 f"for pid in $(ip netns pids {name}); do kill -9 $pid; done",
+                # By hand: a process that was entering the namespace meanwhile keeps it, and so both ends, alive.
+                f"ip link del {port}",
                 f"ip netns del {name}",
                 f"rm -rf /etc/netns/{name}",
             ]
@@ -149,7 +155,7 @@ class NetLab:
         )
 
     def _add_host(self, index: int) -> None:
-        name, port, address = self.namespaces[index], f"{self._prefix}v{index}", self.addresses[index]
+        name, port, address = self.namespaces[index], self._ports[index], self.addresses[index]
         # `ip netns exec` binds this file over /etc/hosts. Horovod's process-set context resolves the machine's own
         # name and ignores HOROVOD_GLOO_IFACE, so the name must lead to this namespace's address.
         etc = Path("/etc/netns") / name
@@ -213,7 +219,8 @@ class NetLab:
         log: Path | None = None,
     ) -> Job:
         """Starts `commands[i]` on host i; they are one job, the first failure ends them all."""
-        return Job([[*self._enter(i), *command] for i, command in enumerate(commands)], env, log)
+        self._jobs.append(Job([[*self._enter(i), *command] for i, command in enumerate(commands)], env, log))
+        return self._jobs[-1]
 
     def horovod(
         self,

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import html
-import io
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from launch.document import COLOURS, Table, page
 from launch.results import Result
-
-# Okabe and Ito's palette: distinguishable for colour-blind readers, in print too.
-_COLOURS = ["#555555", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B8A800"]
 
 HEADERS = (
     "host",
@@ -44,45 +36,6 @@ NOTES = (
     "Accuracy: mean over seeds, with the lowest and the highest. Times and bytes: medians over seeds. On 1,000 test "
     "digits accuracies closer than about 1 % are equal.",
 )
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where and when the figures were measured."""
-
-    processor: str
-    cores: int
-    memory_gib: float
-    system: str
-    versions: str
-    date: str
-
-    @classmethod
-    def here(cls) -> Machine:
-        processor = platform.processor() or platform.machine()
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                processor = line.split(":", 1)[1].strip()
-                break
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        packages = []
-        for name in ("torch", "horovod", "deepspeed"):
-            try:
-                packages.append(f"{name} {version(name)}")
-            except PackageNotFoundError:
-                continue
-        return cls(
-            processor,
-            len(os.sched_getaffinity(0)),
-            round(memory, 1),
-            f"{platform.system()} {platform.release().split('-')[0]}, Python {platform.python_version()}",
-            ", ".join(packages),
-            datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        )
-
-    def __str__(self) -> str:
-        where = f"{self.processor}, {self.cores} cores, {self.memory_gib:g} GiB; {self.system}; {self.versions}"
-        return f"{where}; {self.date}"
 
 
 @dataclass(frozen=True)
@@ -134,24 +87,13 @@ class Report:
             )
         return rows
 
-    def text(self) -> str:
-        """The table for a terminal."""
-        table = [self.headers(), *self.rows()]
-        widths = [max(len(row[i]) for row in table) for i in range(len(HEADERS))]
-        lines = [
-            "  ".join(
-                cell.rjust(w) if i > 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in table
-        ]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    def table(self) -> Table:
+        return Table(self.headers(), self.rows(), left=2)
 
     def markdown(self) -> str:
         """Heading-free Markdown: job, network, machine, table, notes."""
-        table = [self.headers(), ["---", "---", *["---:"] * (len(HEADERS) - 2)], *self.rows()]
-        lines = [f"{self.job}. Network: {self.network}. Machine: {self.machine}.", ""]
-        lines += ["| " + " | ".join(row) + " |" for row in table]
-        return "\n".join([*lines, "", *(f"- {note}" for note in NOTES), ""])
+        head = f"{self.job}. Network: {self.network}. Machine: {self.machine}."
+        return "\n".join([head, "", self.table().markdown(), "", *(f"- {note}" for note in NOTES), ""])
 
     def figure(self) -> Any:
         """matplotlib figure of the first seed: accuracy against training seconds, and against bytes sent."""
@@ -161,7 +103,7 @@ class Report:
         by_time, by_bytes = figure.subplots(1, 2, sharey=True)
         for index, (r, *_) in enumerate(self.groups()):
             style = {
-                "color": _COLOURS[index % len(_COLOURS)],
+                "color": COLOURS[index % len(COLOURS)],
                 "label": f"{r.scheme}" if r.host == "horovod" else f"{r.scheme} ({r.host})",
                 "linewidth": 1.8,
                 "linestyle": "-" if r.host == "horovod" else "--",
@@ -182,24 +124,8 @@ class Report:
         return figure
 
     def page(self) -> str:
-        """Self-contained HTML: no script, no request; the curves are an inline SVG."""
-        import matplotlib
-
-        drawing = io.StringIO()
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "demo", "font.family": "sans-serif"}):
-            self.figure().savefig(drawing, format="svg", metadata={"Date": None})
-        svg = drawing.getvalue()
-        svg = svg[svg.index("<svg") :]
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.headers())
-        body = "\n".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows()
-        )
-        notes = "\n".join(f"<li>{html.escape(note)}</li>" for note in NOTES)
-        facts = "".join(
-            f"<dt>{name}</dt><dd>{html.escape(value)}</dd>"
-            for name, value in (("Job", self.job), ("Network", self.network), ("Machine", self.machine))
-        )
-        return _PAGE.format(svg=svg, head=head, body=body, notes=notes, facts=facts)
+        facts = {"Job": self.job, "Network": self.network, "Machine": self.machine}
+        return page("Compressed training on a slow network", facts, [self.figure()], [self.table()], NOTES)
 
     def write(self, folder: Path) -> None:
         """Writes demo.png, demo.html and demo.md into `folder`."""
@@ -221,31 +147,3 @@ class Report:
         caption = f"{self.job}; {self.network}. Machine, date and what the columns mean: [docs/demo.md](docs/demo.md)."
         body = f"{before}{README_BEGIN}\n{table}\n\n{caption}\n{README_END}{after}"
         readme.write_text(body, encoding="utf-8")
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Compressed training on a slow network</title>
-<style>
- body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1000px; margin: 2.5rem auto; padding: 0 1rem }}
- h1 {{ font-size: 1.4rem; font-weight: 600 }}
- svg {{ width: 100%; height: auto }}
- table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }}
- th, td {{ padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #e4e4e4 }}
- th {{ font-weight: 600; vertical-align: bottom }}
- th:nth-child(-n+2), td:nth-child(-n+2) {{ text-align: left }}
- dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem }} dt {{ color: #666 }} dd {{ margin: 0 }}
- li, dl {{ font-size: .9rem }}
-</style></head><body>
-<h1>Compressed training on a slow network</h1>
-<dl>{facts}</dl>
-{svg}
-<table><thead><tr>{head}</tr></thead>
-<tbody>
-{body}
-</tbody></table>
-<ul>
-{notes}
-</ul>
-</body></html>
-"""

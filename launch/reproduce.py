@@ -1,13 +1,14 @@
-"""Run one experiment end to end: records as JSONL, a picture, and a headline as the last line.
+"""Run one experiment end to end: records as JSONL, a picture, a table, a page, and a headline as the last line.
 
 python -m launch.reproduce --list
-python -m launch.reproduce asylpg-bits [--quick] [--out FOLDER]
+python -m launch.reproduce asylpg-bits [--quick] [--out FOLDER] [--publish]
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -20,7 +21,32 @@ from compression_plugins.errors import CompressionError, nearest
 EXPERIMENTS = {
     "asylpg-bits": "launch.experiments.asylpg_bits",
     "asylpg-mu": "launch.experiments.asylpg_mu",
+    "asylpg-logistic": "launch.experiments.asylpg_logistic",
+    "asylpg-netlab": "launch.experiments.asylpg_netlab",
+    "scalecom-volume": "launch.experiments.scalecom_volume",
+    "scalecom-similarity": "launch.experiments.scalecom_similarity",
+    "scalecom-large-batch": "launch.experiments.scalecom_large_batch",
+    "scalecom-accuracy": "launch.experiments.scalecom_accuracy",
+    "marsit-accuracy": "launch.experiments.marsit_accuracy",
+    "marsit-deviation": "launch.experiments.marsit_deviation",
+    "marsit-k": "launch.experiments.marsit_k",
 }
+PAGES = Path(__file__).parents[1] / "docs/methods"
+
+
+def publish(name: str, out: Path, pages: Path = PAGES) -> Path:
+    """Put the picture beside the page of the method, and the table between the page's marks of this experiment."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    for path in sorted(pages.glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        if begin in text and end in text:
+            before, rest = text.split(begin)
+            after = rest.split(end)[1]
+            table = (out / f"{name}.md").read_text(encoding="utf-8")
+            path.write_text(f"{before}{begin}\n{table}{end}{after}", encoding="utf-8")
+            shutil.copy(out / f"{name}.png", pages / f"{name}.png")
+            return path
+    raise CompressionError(f"no page in {pages} has the marks {begin} and {end}")
 
 
 def main() -> None:
@@ -29,19 +55,24 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="name the experiments and stop")
     parser.add_argument("--quick", action="store_true", help="a small version that ends within a minute")
     parser.add_argument("--out", type=Path, help="folder of the results; default out/reproduce/NAME")
+    parser.add_argument("--publish", action="store_true", help="write the result into docs/methods")
     args = parser.parse_args()
     if args.list:
         for name, module in EXPERIMENTS.items():
-            print(f"{name:20s} {importlib.import_module(module).DESCRIPTION}")
+            print(f"{name:22s} {importlib.import_module(module).DESCRIPTION}")
         return
     if args.name not in EXPERIMENTS:
         parser.error(f"unknown experiment {args.name!r}{nearest(str(args.name), EXPERIMENTS)}")
+    if args.quick and args.publish:
+        parser.error("--publish wants the whole experiment, not --quick")
     out = args.out or Path("out/reproduce") / args.name
     started = time.monotonic()
     torch.set_num_threads(1)
     try:
         out.mkdir(parents=True, exist_ok=True)
         headline = importlib.import_module(EXPERIMENTS[args.name]).run(out, args.quick)
+        if args.publish:
+            print(f"written into {publish(args.name, out)}")
     except (CompressionError, ModuleNotFoundError, OSError) as error:
         print(f"reproduce: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.report import HEADERS, Machine, Report
+from launch.document import Machine
+from launch.report import HEADERS, Report
 from launch.results import Point, Result, read_records, read_run
 
 
@@ -91,7 +92,7 @@ def test_rows_compare_with_none_of_the_same_host_framework() -> None:
 def test_text_and_markdown_hold_every_column_and_cell() -> None:
     one = report()
     assert len(one.headers()) == len(HEADERS) and "time to 90 % (s)" in one.headers()
-    for rendering in (one.text(), one.markdown()):
+    for rendering in (one.table().text(), one.markdown()):
         for cell in [*one.headers(), *(cell for row in one.rows() for cell in row)]:
             assert cell in rendering
     assert "a <machine>, 2026-01-01" in one.markdown()

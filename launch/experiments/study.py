@@ -1,0 +1,80 @@
+"""What every experiment leaves behind: records, a picture, a table, a self-contained page, and a headline."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from launch.document import Machine, Table, page
+
+
+class Study:
+    """One experiment while it runs.
+
+    with Study("scalecom-volume", out, total=12) as study:
+        study.record("n = 2, dense", n=2, scheme="none", bytes=...)   # one a run: a line of runs.jsonl and progress
+        return study.finish(title, table, figure, notes, headline)
+
+    Files in `out`: runs.jsonl, NAME.png, NAME.md, index.html.
+    """
+
+    def __init__(self, name: str, out: Path, total: int) -> None:
+        self.name, self.out, self.total, self.done = name, out, total, 0
+        self.machine = str(Machine.here())
+
+    def __enter__(self) -> Study:
+        self._records = (self.out / "runs.jsonl").open("w", encoding="utf-8")
+        self._progress("starts")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._records.close()
+
+    def record(self, label: str, **fields: Any) -> None:
+        """Keep what one run measured, and move the progress bar."""
+        self._records.write(json.dumps(fields) + "\n")
+        self._records.flush()
+        self.done += 1
+        self._progress(label)
+
+    def finish(self, title: str, tables: Sequence[Table], figure: Any, notes: Sequence[str], headline: str) -> str:
+        """Write picture, table and page; print the tables; return the headline."""
+        figure.savefig(self.out / f"{self.name}.png", dpi=130)
+        facts = {"Result": headline, "Machine": self.machine}
+        (self.out / "index.html").write_text(page(title, facts, [figure], tables, notes), encoding="utf-8")
+        parts = [f"![{title}]({self.name}.png)", *(table.markdown() for table in tables)]
+        parts.append("\n".join(f"- {note}" for note in [*notes, f"Measured on {self.machine}."]))
+        (self.out / f"{self.name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        for table in tables:
+            print(table.text() + "\n")
+        return headline
+
+    def _progress(self, text: str) -> None:
+        """One line on a terminal, one line a call elsewhere."""
+        bar = "#" * (20 * self.done // self.total)
+        end = "\n" if self.done == self.total or not sys.stderr.isatty() else ""
+        print(f"\r[{bar:20s}] {self.done}/{self.total} {text:40s}", end=end, file=sys.stderr, flush=True)
+
+
+def spread(values: Sequence[float | None], places: int = 2) -> str:
+    """Mean ± standard deviation over seeds; a dash if a run has no value."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values) or not known:
+        return "–"
+    return f"{mean(known):.{places}f}" + (f" ± {stdev(known):.{places}f}" if len(known) > 1 else "")
+
+
+def drawing(columns: int = 1, width: float = 10, height: float = 4.2) -> tuple[Any, list[Any]]:
+    """matplotlib figure and its axes, side by side, in the house's style."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = list(figure.subplots(1, columns, squeeze=False)[0])
+    for each in axes:
+        each.grid(alpha=0.25)
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, axes
