@@ -89,6 +89,7 @@ def _decoders(x: torch.Tensor, param: torch.Tensor, key: K.Key) -> Iterator[Case
     yield Case("sign_reduce", f"{RANKS} ranks", (RANKS + 1) * sign.nbytes, (sign.repeat(RANKS, 1), numel, BLOCK))
     yield Case("sign_apply", "SGD", 2 * dense + sign.nbytes, (sign, param, BLOCK, 1e-3))
     bits = K.sign_bits(x)
+    yield Case("sign_draw", "global", 2 * dense + 4 + bits.nbytes, (x, key))  # x is read twice, first for its norm
     yield Case("sign_vote", f"{RANKS} ranks", (RANKS + 1) * bits.nbytes, (bits.repeat(RANKS, 1), numel))
     yield Case("bit_merge", "3 ranks and 1", 3 * bits.nbytes, (bits, bits.flip(0).contiguous(), 3, 1, key))
     for width in (2, 4, 8):
@@ -97,6 +98,7 @@ def _decoders(x: torch.Tensor, param: torch.Tensor, key: K.Key) -> Iterator[Case
     arguments: tuple = (payload.repeat(RANKS, 1), numel, width, BLOCK, key)
     yield Case("uniform_reduce", f"{width} bit, {RANKS} ranks", (RANKS + 1) * payload.nbytes, arguments)
     yield Case("uniform_apply", f"{width} bit, SGD", 2 * dense + payload.nbytes, (payload, param, width, BLOCK, 1e-3))
+    yield Case("uniform_round", "8 bit", 2 * dense, (x, 8, 4.0, key), into)
     for kind in ("bf16", "fp8"):
         payload = K.cast_encode(x, kind, BLOCK)
         yield Case("cast_decode", kind, dense + payload.nbytes, (payload, numel, kind, BLOCK), into)

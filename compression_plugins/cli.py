@@ -33,11 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     show = commands.add_parser("show", help="check a configuration and print all of it")
     show.add_argument("config", help="name of a scheme, or path of a YAML or JSON file")
     show.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="replace a key")
+    rates = commands.add_parser("rates", help="find a ratio for each layer of a model, for ScaleCom; prints YAML rules")
+    rates.add_argument("example", metavar="MODULE:FUNCTION", help="returns (model, the batch of one worker)")
     commands.add_parser("horovodrun", help="horovodrun with --compression, where the plain command cannot be extended")
     options = parser.parse_args(arguments)
     try:
         if options.command == "schemes":
             print(schemes_markdown() if options.markdown else schemes_text())
+        elif options.command == "rates":
+            from .rates import load_example, rules_yaml, scalecom_rates
+
+            sys.path.insert(0, os.getcwd())  # as for `python -m`
+            print(rules_yaml(scalecom_rates(*load_example(options.example))))
         else:
             print(
                 yaml.safe_dump(

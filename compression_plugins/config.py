@@ -126,6 +126,11 @@ class Config(Settings):
         rules = [{"match": r.match, **_scheme_dict(r.scheme)} for r in self.rules]
         return {**_scheme_dict(self.scheme), **general, "rules": rules}
 
+    def check_ranks(self, size: int) -> None:
+        """Raises `UnsupportedError` if a scheme cannot run on `size` ranks."""
+        for scheme in (self.scheme, *(rule.scheme for rule in self.rules)):
+            scheme.check_ranks(size)
+
     def digest(self) -> str:
         """SHA-256 (hex) that two ranks share exactly when their configurations are equal."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
@@ -144,7 +149,7 @@ def from_environment() -> Config | None:
 
 
 def _scheme_dict(scheme: Scheme) -> dict[str, Any]:
-    return {"scheme": scheme.name, **scheme.model_dump()}
+    return {"scheme": scheme.name, **scheme.model_dump(mode="json")}
 
 
 def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[dict[str, Any], str]:

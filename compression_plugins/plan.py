@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from .config import Config
 from .errors import ConfigError, nearest
-from .registry import get
 from .schemes.base import Scheme, Segment
 
 
@@ -118,7 +117,7 @@ def _decide(config: Config, spec: TensorSpec) -> Row:
         reason = f"below min_numel {config.min_numel}"
     if not reason and len(spec.shape) < 2:
         reason = "fewer than 2 dimensions"
-    return Row(spec.name, spec.numel, get("none")() if reason else config.scheme, reason)
+    return Row(spec.name, spec.numel, config.scheme.dense if reason else config.scheme, reason)
 
 
 def _pack(config: Config, specs: Sequence[TensorSpec], rows: Sequence[Row]) -> tuple[Bucket, ...]:

@@ -11,7 +11,6 @@ from torch import Tensor
 from .config import Config
 from .errors import CompressionError
 from .plan import Bucket
-from .registry import get
 from .schemes.base import Call, Reduction
 from .state import State, reshard
 from .telemetry import Telemetry
@@ -70,6 +69,9 @@ class Reducer:
         telemetry: where counters go, or None.
         undo: keep what a step changes until `end_step`, so that a skipped step (overflow) can be taken back.
 
+    Raises:
+        UnsupportedError: a scheme cannot run on that number of ranks.
+
     Attributes:
         step: optimizer steps done; survives a resume.
         exposed_s: seconds spent blocked, waiting for communication that nothing hid.
@@ -78,13 +80,13 @@ class Reducer:
     def __init__(
         self, config: Config, transport: Transport, telemetry: Telemetry | None = None, undo: bool = False
     ) -> None:
+        config.check_ranks(transport.size)
         self.config, self.transport, self.telemetry = config, transport, telemetry
         self.state = State(undo)
         self.step = 0
         self.exposed_s = 0.0
         self._jobs: list[Job] = []
         self._uses: dict[int, int] = {}  # reductions of a bucket in this step: micro-batches
-        self._dense = get("none")()
         self._elements = 0
 
     def start(self, bucket: Bucket, flat: Tensor, shards: Sequence[int] | None = None) -> Job:
@@ -112,9 +114,10 @@ class Reducer:
             segments=bucket.segments,
             shards=shards,
             residual=lambda: self.state.residual(bucket),
-            state=self.state.tensor,
+            state=lambda slot, name, make: self.state.tensor(slot, name, make, bucket.device),
+            vector=lambda slot: self.state.vector(slot, bucket),
         )
-        scheme = self._dense if self.step < self.config.warmup_steps else bucket.scheme
+        scheme = bucket.scheme.dense if self.step < self.config.warmup_steps else bucket.scheme
         self._elements += bucket.numel
         job = Job(self, scheme.reduce(flat, call) if bucket.numel else _nothing(flat))
         if not job.done:

@@ -13,11 +13,12 @@ from . import triton_kernels as K
 from .codecs import Uniform
 from .schemes.double_quantization import DoubleQuantization
 
+#: Widths of the weights' codec, of which the largest is also the largest that the rule gives.
 _WIDTHS = (4, 8, 16)
 
 
-def mu_rule_bits(largest: float, distance: float, numel: int, mu: float) -> int | None:
-    """Bits with which E||Q(x) - x||^2 <= mu ||x - x~||^2 holds, rounded up to 4, 8 or 16; None: send x as it is.
+def least_bits(largest: float, distance: float, numel: int, mu: float) -> int | None:
+    """The mu rule: fewest bits for which E||Q(x) - x||^2 <= mu ||x - x~||^2, from 2 to 16; None where 16 are too few.
 
     Args:
         largest: max |x|.
@@ -29,10 +30,16 @@ def mu_rule_bits(largest: float, distance: float, numel: int, mu: float) -> int 
     """
     if not (math.isfinite(largest) and math.isfinite(distance)) or distance <= 0:
         return None
-    if largest == 0:
-        return _WIDTHS[0]
-    needed = math.log2(largest * math.sqrt(numel / (4 * mu)) / distance + 1) + 1
-    return next((width for width in _WIDTHS if width >= needed), None)
+    levels = largest * math.sqrt(numel / (4 * mu)) / distance
+    if levels > 2 ** (_WIDTHS[-1] - 1) - 1:
+        return None
+    return max(2, math.ceil(math.log2(levels + 1) + 1))
+
+
+def mu_rule_bits(largest: float, distance: float, numel: int, mu: float) -> int | None:
+    """`least_bits` rounded up to 4, 8 or 16; None: send x as it is."""
+    needed = least_bits(largest, distance, numel, mu)
+    return None if needed is None else next(width for width in _WIDTHS if width >= needed)
 
 
 def weight_codec(bits: int, numel: int) -> Uniform:
@@ -79,18 +86,18 @@ class QuantizedWeights:
             self._take_snapshots({name: p.detach().float().clone() for name, p in self._parameters.items()})
             return
         for number, (name, p) in enumerate(self._parameters.items()):
-            bits = self.bits[name] = mu_rule_bits(*self._measure(name), p.numel(), self.scheme.mu)
+            largest, distance = self._measure(name)
+            bits = self.bits[name] = mu_rule_bits(largest, distance, p.numel(), self.scheme.mu)
             if bits is None:
                 continue
             if name not in self._exact:
-                self._exact[name] = torch.empty_like(p)
-            self._exact[name].copy_(p)
-            codec, flat = weight_codec(bits, p.numel()), p.detach().reshape(-1)
-            payload = codec.encode(flat, K.Key(self.seed, number, step, 0, stream=1 << 30))
-            in_place = p.dtype == torch.float32 and p.is_contiguous()
-            decoded = codec.decode(payload, p.numel(), out=flat if in_place else None)
-            if not in_place:
-                p.copy_(decoded.view_as(p))
+                self._exact[name] = torch.empty(p.shape, dtype=torch.float32, device=p.device)
+            exact = self._exact[name].copy_(p).view(-1)
+            key = K.Key(self.seed, number, step, 0, stream=1 << 30)
+            if p.dtype == torch.float32 and p.is_contiguous():
+                K.uniform_round(exact, bits, largest, key, out=p.detach().view(-1))
+            else:
+                p.copy_(K.uniform_round(exact, bits, largest, key).view_as(p))
             self._quantized.append(name)
             self._marks[name] = self._mark(name)
 

@@ -26,9 +26,9 @@ if TYPE_CHECKING:  # the names below are made on first use; this is how editors 
     from .reference.fold import bit_merge, one_hot_signs, sign_bits, signs_expand
     from .reference.pack import pack_bits, unpack_bits
     from .reference.scatter import scatter_add
-    from .reference.sign import sign_apply, sign_decode, sign_encode, sign_reduce, sign_vote
+    from .reference.sign import sign_apply, sign_decode, sign_draw, sign_encode, sign_reduce, sign_vote
     from .reference.stats import stats
-    from .reference.uniform import uniform_apply, uniform_decode, uniform_encode, uniform_reduce
+    from .reference.uniform import uniform_apply, uniform_decode, uniform_encode, uniform_reduce, uniform_round
 
 __all__ = [
     "Key",
@@ -45,6 +45,7 @@ __all__ = [
     "sign_apply",
     "sign_bits",
     "sign_decode",
+    "sign_draw",
     "sign_encode",
     "sign_reduce",
     "sign_vote",
@@ -55,6 +56,7 @@ __all__ = [
     "uniform_decode",
     "uniform_encode",
     "uniform_reduce",
+    "uniform_round",
     "unpack_bits",
 ]
 

@@ -51,6 +51,11 @@ def sign_bytes(numel: int, block: int) -> int:
     return 4 * (blocks(numel, block) + words(numel, 1))
 
 
+def single_block(numel: int) -> int:
+    """The block length of a payload that has one scale for the whole vector."""
+    return 32 * max(1, words(numel, 1))
+
+
 def uniform_bytes(numel: int, bits: int, block: int) -> int:
     return 4 * (blocks(numel, block) + words(numel, bits))
 
@@ -101,6 +106,20 @@ def check_uniform(bits: int, block: int, key: object, scale: str, rounding: str)
         raise CompressionError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
     if rounding == "stochastic" and key is None:
         raise CompressionError("stochastic rounding needs a Philox key")
+
+
+def check_round(x: torch.Tensor, bits: int, scale: float, out: torch.Tensor | None) -> torch.Tensor:
+    """Where `uniform_round` writes."""
+    check_bits(bits)
+    check_vector(x)
+    if x.dtype != torch.float32 or not x.is_contiguous():
+        raise CompressionError(f"x must be contiguous fp32, not {x.dtype} with stride {x.stride(0)}")
+    if not 0 <= scale <= SCALE_MAX:
+        raise CompressionError(f"scale must be from 0 to {SCALE_MAX:g}, not {scale}")
+    if out is None:
+        return torch.empty_like(x)
+    check_buffer(out, x, x.numel(), "out")
+    return out
 
 
 def check_vector(x: torch.Tensor, name: str = "x") -> None:

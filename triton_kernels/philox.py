@@ -82,6 +82,14 @@ def uniform16(key: Key, numel: int, device: torch.device | str | None = None) ->
     return halves.permute(2, 0, 1).reshape(-1)[:numel].to(torch.int32)
 
 
+def signed32(key: Key, numel: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """32 random bits an element, read as a signed integer: those of elements 2j (low) and 2j + 1 of `uniform16` under
+    twice the offset -> int32 [numel].
+    """
+    halves = uniform16(key._replace(offset=2 * key.offset), 2 * numel, device).long().view(numel, 2)
+    return (halves[:, 0] | halves[:, 1] << 16).to(torch.int32)
+
+
 def uniform(key: Key, numel: int, device: torch.device | str | None = None) -> torch.Tensor:
     """Uniform variates ``(h + 0.5) / 65536`` -> float32 [numel], exact."""
     return (uniform16(key, numel, device).to(torch.float32) + 0.5) / 65536.0

@@ -180,6 +180,7 @@ def attach(engine: Any, config: Config) -> Session:
     from ..reducer import Reducer
     from ..telemetry import Telemetry
     from ..transports.torch_distributed import TorchDistributed
+    from ..warmup import warm_up
     from . import deepspeed_checkpoint, deepspeed_seams
     from .deepspeed_backend import CompressedBackend, Session
     from .deepspeed_handshake import handshake
@@ -211,6 +212,7 @@ def attach(engine: Any, config: Config) -> Session:
 
     group = engine.seq_data_parallel_group
     reducer = Reducer(config, TorchDistributed(group), Telemetry.from_environment(rank), undo=_may_skip(engine))
+    warm_up(config, plan, reducer.transport.rank, reducer.transport.size, sharded=zero)
     session = Session(engine, plan, reducer, group)
     comm.cdb = CompressedBackend.adopt(comm.cdb)
     deepspeed_seams.mark_zero(session) if zero else deepspeed_seams.mark_engine(session)

@@ -151,7 +151,9 @@ class Session:
             raise self.mismatch("the reduction runs in another process group than the data-parallel one")
         route = self._route(scope, tensor.numel(), destination, tensor.device)
         scope.taken += tensor.numel()
-        if self.reducer.step < self.reducer.config.warmup_steps or all(p.bucket.scheme.host_dense for p in route.parts):
+        warming = self.reducer.step < self.reducer.config.warmup_steps
+        schemes = [part.bucket.scheme.dense if warming else part.bucket.scheme for part in route.parts]
+        if all(scheme.host_dense for scheme in schemes):
             return False  # DeepSpeed's own all-reduce, in its own dtype
         self.gradient_bytes += tensor.numel() * tensor.element_size()
         # The reducer works on this rank's own gradients, in units of the unscaled loss, and returns their average.

@@ -12,6 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from ..schemes.base import Segment
 from ..schemes.double_quantization import DoubleQuantization
 from ..telemetry import Telemetry
 from ..transports.horovod import HorovodTransport
+from ..warmup import warm_up
 from ..weights import QuantizedWeights
 from .horovod_handshake import Standing, compare, gather_texts
 from .notice import announce
@@ -37,12 +39,18 @@ _created: Counter[int] = Counter()
 
 
 class _Filling:
-    """A bucket with its flat fp32 gradient, the number of segments still missing, its job in flight, and its result."""
+    """A bucket, the number of segments still missing, its job in flight, and its result.
+
+    Gradients are packed into `flat`, fp32; the only one of its bucket is reduced where it is.
+    """
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
-        self.flat = torch.zeros(bucket.numel, dtype=torch.float32, device=bucket.device)
         self.empty()
+
+    @cached_property
+    def flat(self) -> Tensor:
+        return torch.zeros(self.bucket.numel, dtype=torch.float32, device=self.bucket.device)
 
     def empty(self) -> None:
         self.missing = len(self.bucket.segments)
@@ -109,6 +117,10 @@ class Session:
                 )
         self._sparse: set[Tensor] = set()
         self.plan = self._make_plan()  # what can be refused before the first gradient is refused here
+        if self.included:
+            config.check_ranks(self.process_set.size())
+        if self.included and self.process_set.size() > 1:
+            warm_up(config, self.plan, self.process_set.rank(), self.process_set.size())
         self._reducer: Reducer | None = None
         self._loaded: dict[str, Any] = {}  # a state that came before there was a reducer
         self._world = (-1, -1)  # rank and size with which the memory was built
@@ -149,11 +161,13 @@ class Session:
         gradient = (p.grad.to_dense() if p.grad.is_sparse else p.grad).detach().reshape(-1)
         for filling, offset, segment in self._slots[p]:
             piece = gradient[segment.start : segment.start + segment.numel]
-            filling.flat[offset : offset + segment.numel].copy_(piece)
+            alone = segment.numel == filling.bucket.numel and piece.dtype == torch.float32
+            if not alone:
+                filling.flat[offset : offset + segment.numel].copy_(piece)
             filling.missing -= 1
             if filling.missing == 0:
                 filling.empty()
-                filling.job = self.reducer.start(filling.bucket, filling.flat)
+                filling.job = self.reducer.start(filling.bucket, piece if alone else filling.flat)
 
     # -- in synchronize() and step()
 

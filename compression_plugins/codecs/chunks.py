@@ -17,8 +17,13 @@ def chunk_scatter(indices: Tensor, values: Tensor, chunk: int, out: Tensor) -> T
         indices: int32 [ceil(numel / chunk)], offsets inside each chunk.
         values: fp32, same length. A place beyond the end of a short last chunk must carry the value 0.
     """
+    return chunk_add(indices, values, chunk, out.zero_())
+
+
+def chunk_add(indices: Tensor, values: Tensor, chunk: int, out: Tensor) -> Tensor:
+    """`out`, to which `values[i]` is added at place `indices[i]` of chunk i; arguments as in `chunk_scatter`."""
     import torch
 
     starts = torch.arange(0, out.numel(), chunk, device=indices.device)
     places = (starts + indices).clamp_(max=out.numel() - 1)
-    return K.scatter_add(places, values, out.zero_())
+    return K.scatter_add(places, values, out)

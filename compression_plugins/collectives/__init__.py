@@ -4,8 +4,21 @@ many.
 
 from .dense import dense_sum
 from .fold import ring_fold
-from .gather import gather
+from .half_mean import half_mean, half_mean_bits
+from .payloads import even_shards, gather, reduce_scatter, two_stage
 from .shared_index import shared_index
-from .two_stage import even_shards, reduce_scatter, two_stage
+from .torus import square_rows, torus_fold
 
-__all__ = ["dense_sum", "even_shards", "gather", "reduce_scatter", "ring_fold", "shared_index", "two_stage"]
+__all__ = [
+    "dense_sum",
+    "even_shards",
+    "gather",
+    "half_mean",
+    "half_mean_bits",
+    "reduce_scatter",
+    "ring_fold",
+    "shared_index",
+    "square_rows",
+    "torus_fold",
+    "two_stage",
+]

@@ -1,4 +1,4 @@
-"""One rank's indices, everybody's values: sparse payloads that may be summed."""
+"""One rank's indices, everybody's values: what all ranks send has the same places, so it may be averaged as it is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def shared_index(
     gather: Callable[[Tensor], Tensor],
     placeholder: Callable[[], Tensor],
 ) -> Generator[Handle, Any, tuple[Tensor, Tensor]]:
-    """Broadcast the leader's choice, then all-reduce k values: traffic is constant in the number of ranks.
+    """Broadcast the leader's choice, and look it up on every rank.
+
+    The k values that come back fill the same places everywhere. A dense mean of them (`dense_sum`, `half_mean`) is the
+    sparse mean, at a traffic that does not grow with the number of ranks.
 
     Args:
         select: on the leader, `(index payload uint8, values fp32 [k])`.
@@ -26,7 +29,7 @@ def shared_index(
         placeholder: on the others, a tensor of the index payload's length.
 
     Returns:
-        (index payload, mean of the values over ranks).
+        (index payload, this rank's values, fp32 [k]).
     """
     if transport.rank == leader:
         indices, values = select()
@@ -34,5 +37,4 @@ def shared_index(
     else:
         indices = yield transport.broadcast(placeholder(), leader)
         values = gather(indices)
-    total = yield transport.all_reduce(values)
-    return indices, total.div_(transport.size)
+    return indices, values

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import triton_kernels as K
 from ..errors import ConfigError, nearest
+from ..weights import least_bits
 from . import messages, quantizer
 from .messages import Kind, Message
 from .options import Options
@@ -84,7 +85,7 @@ def mu_rule_model(state: State, options: Options, key: K.Key, ticket: int) -> Me
     if distance == 0 and torch.equal(state.x, state.snapshot):
         return messages.nothing(Kind.MODEL, ticket)
     scale = quantizer.largest(state.x, "the model")
-    bits = quantizer.least_bits(scale, distance, state.x.numel(), options.mu)
+    bits = least_bits(scale, distance, state.x.numel(), options.mu)
     if bits is None or scale == 0:
         return messages.exact(Kind.MODEL, state.x, ticket)
     return messages.quantized(Kind.MODEL, state.x, bits, key, scale, ticket)

@@ -39,8 +39,10 @@ def run_worker(
                 connection = _Connection(sock, worker, token)
                 connection.prove_each_other()
                 sock.settimeout(silence_s)
-                deadline = time.monotonic() + reconnect_s
-                return connection.serve()
+                try:
+                    return connection.serve()
+                finally:
+                    deadline = time.monotonic() + reconnect_s
         except (OSError, _Closed) as error:
             if time.monotonic() > deadline:
                 where = f"{address[0]}:{address[1]}"
@@ -75,8 +77,10 @@ class _Connection:
 
     def serve(self) -> str:
         """Receive, handle, answer."""
+        spent = self._worker.seconds.spent
         while True:
-            message = self._receive()
+            with spent("waiting"):
+                message = self._receive()
             if message.kind is Kind.STOP:
                 text = messages.read_text(message)
                 if message.bits:
@@ -84,8 +88,9 @@ class _Connection:
                 return text
             answer = self._worker.handle(message)
             if answer is not None:
-                self._sock.sendall(answer.header())
-                self._sock.sendall(answer.payload.numpy().data)
+                with spent("waiting"):
+                    self._sock.sendall(answer.header())
+                    self._sock.sendall(answer.payload.numpy().data)
 
     def _receive(self) -> Message:
         problem, workers = self._worker.problem, self._worker.options.workers

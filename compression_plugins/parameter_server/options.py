@@ -19,7 +19,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
 #: Only the server reads these; they may differ between the two sides and change at a resume.
-_SERVER_ONLY = {"epochs", "target_loss", "patience_s", "start_s"}
+_SERVER_ONLY = {"epochs", "target_loss", "patience_s", "start_s", "restarts"}
 
 
 class Options(BaseModel):
@@ -49,8 +49,9 @@ class Options(BaseModel):
     l2: Weight = Field(0.0, description="weight of |x|^2 / 2")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="seed of every random choice")
     target_loss: float | None = Field(None, description="stop at the first snapshot whose P(x) is at or below this")
-    patience_s: Positive = Field(60.0, description="seconds that others wait for a worker before it is dropped")
-    start_s: Positive = Field(120.0, description="seconds to wait for all workers at the start")
+    patience_s: Positive = Field(10.0, description="seconds that others wait for a worker before it is dropped")
+    start_s: Positive = Field(120.0, description="seconds to wait for all workers at the start, or for one if all died")
+    restarts: Annotated[int, Field(ge=0)] = Field(3, description="times that a worker of this machine is started again")
 
     @classmethod
     def load(

@@ -1,4 +1,4 @@
-"""Unbiased quantizers of one whole vector at any width from 2 to 16 bits, and the rule that picks the width.
+"""Unbiased quantizers of one whole vector at any width from 2 to 16 bits; `weights.least_bits` picks the width.
 
 Q(x)_j = delta * clip(floor(x_j / delta + u_j), -L, L)   with L = 2^(b-1) - 1, delta = max|x| / L, u_j uniform on [0, 1)
 
@@ -8,8 +8,6 @@ scale = max|x|.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -73,20 +71,6 @@ def sparsify(x: Tensor, scale: float, budget: float, key: K.Key) -> tuple[Tensor
     """
     magnitude = scale / budget
     return grid_codes(x, magnitude, key).clamp_(-1, 1), magnitude
-
-
-def least_bits(scale: float, distance: float, numel: int, mu: float) -> int | None:
-    """The mu rule: fewest bits with E||Q(x) - x||^2 <= mu * distance^2, from 2 to 16; None where 16 are too few.
-
-    Args:
-        scale: max|x|.
-        distance: ||x - x~||, Euclidean, positive.
-    """
-    if not (math.isfinite(scale) and math.isfinite(distance)) or distance <= 0:
-        return None
-    levels = scale * math.sqrt(numel / (4 * mu)) / distance
-    bits = max(MIN_BITS, math.ceil(math.log2(levels + 1) + 1))
-    return bits if bits <= MAX_BITS else None
 
 
 def grid_codes(x: Tensor, step: float, key: K.Key) -> Tensor:

@@ -1,7 +1,10 @@
-"""What a run reports: traffic and one row an epoch."""
+"""What a run reports: traffic, where time went, and one row an epoch."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from . import messages
@@ -30,6 +33,29 @@ class Traffic:
             self.down_bits += message.bits_counted
         else:
             self.up_bits += message.bits_counted
+
+
+@dataclass
+class Seconds:
+    """Where the time of one process went, in seconds of its wall clock; nothing depends on it.
+
+    Attributes:
+        computing: gradients on a worker; sums and updates on the server.
+        coding: from vectors to messages and back.
+        waiting: of a worker, for the server's messages and for the network to take its own.
+    """
+
+    computing: float = 0.0
+    coding: float = 0.0
+    waiting: float = 0.0
+
+    @contextmanager
+    def spent(self, on: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, on, getattr(self, on) + time.perf_counter() - begin)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from . import messages
 from .algorithms import Prox, State, get
 from .messages import Kind, Message, MessageError
 from .options import Options
-from .records import Epoch, Traffic
+from .records import Epoch, Seconds, Traffic
 
 log = logging.getLogger("compression_plugins.parameter_server")
 Phase = Literal["waiting", "snapshot", "inner", "done"]
@@ -60,6 +60,7 @@ class Server:
         delays: t - D(t) of every update of this process.
         arrivals: whose gradient arrived, in order; with gradients held back this is not the order of updates.
         outbox: (rank, message) to send.
+        traffic, seconds: messages counted; where this process's time went.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Server:
         self.numel, self.inner_steps = x.numel(), options.steps_an_epoch(samples)
         self.phase: Phase = "waiting"
         self.step = self.epoch = self.tickets = 0
-        self.traffic = Traffic()
+        self.traffic, self.seconds = Traffic(), Seconds()
         self.history: list[Epoch] = []
         self.delays: list[int] = []
         self.arrivals: list[int] = []
@@ -110,7 +111,7 @@ class Server:
             self._send(rank, messages.stop("the run is complete", error=False))
         elif self.phase != "waiting":
             log.info("worker %d joins at update %d", rank, self.step)
-            self._send(rank, messages.exact(Kind.SNAPSHOT, self.state.snapshot, self.epoch))
+            self._send_snapshot(rank)
             self._share_out(claimed=rank)
             if self.phase == "inner":
                 self._idle.append(rank)
@@ -158,6 +159,13 @@ class Server:
             return [rank for rank in late if self._out[rank].version == first]
         return late if self._idle else []
 
+    def samples_asked(self, rank: int) -> int:
+        """Samples whose gradient sum is awaited from `rank`; 0 outside snapshots."""
+        return sum(map(self._samples_in, self._asked.get(rank, ()))) if self.phase == "snapshot" else 0
+
+    def _samples_in(self, parts: Sequence[int]) -> int:
+        return sum(len(range(part, self.samples, self.options.workers)) for part in parts)
+
     def staleness(self) -> dict[int, int]:
         """t - D of every worker whose gradient has not arrived."""
         return {rank: self.step - ticket.version for rank, ticket in self._out.items() if ticket.zeta is None}
@@ -176,9 +184,10 @@ class Server:
         if self.phase != "snapshot" or not asked or message.step != self.epoch:
             raise MessageError(f"worker {rank} sent a gradient sum that was not asked for")
         parts = asked[0]
-        if message.count != sum(len(range(p, self.samples, self.options.workers)) for p in parts):
+        if message.count != self._samples_in(parts):
             raise MessageError(f"worker {rank} summed {message.count} samples, not those of parts {list(parts)}")
-        total = messages.vector(message, self.numel)
+        with self.seconds.spent("coding"):
+            total = messages.vector(message, self.numel)
         if not math.isfinite(message.value):
             raise CompressionError(f"the loss at snapshot {self.epoch} is {message.value}: the run diverged; lower lr")
         asked.popleft()
@@ -190,7 +199,8 @@ class Server:
         ticket = self._out.get(rank)
         if ticket is None or ticket.zeta is not None or message.step != ticket.number:
             raise MessageError(f"worker {rank} sent a gradient that was not asked for (ticket {message.step})")
-        ticket.zeta = messages.vector(message, self.numel)
+        with self.seconds.spent("coding"):
+            ticket.zeta = messages.vector(message, self.numel)
         self.arrivals.append(rank)
         self.traffic.count(message)
         if message.kind in (Kind.INDICES, Kind.BITMAP):
@@ -228,7 +238,8 @@ class Server:
         self.delays.append(delay)
         self._tally.delay = max(self._tally.delay, delay)
         assert ticket.zeta is not None
-        self.algorithm.rule.update(self.state, ticket.zeta, self.options.lr, self.prox)
+        with self.seconds.spent("computing"):
+            self.algorithm.rule.update(self.state, ticket.zeta, self.options.lr, self.prox)
         self.step += 1
         self._applied += 1
         self._idle.append(rank)
@@ -236,7 +247,8 @@ class Server:
     def _issue(self) -> None:
         while self._idle and self._issued < self.inner_steps and len(self._out) <= self.options.tau:
             rank = self._idle.popleft()
-            message = self.algorithm.send_model(self.state, self.options, self.tickets, rank)
+            with self.seconds.spent("coding"):
+                message = self.algorithm.send_model(self.state, self.options, self.tickets, rank)
             self._out[rank] = Ticket(self.tickets, self.step)
             self._tally.widths.append(message.bits)
             self._issued += 1
@@ -281,8 +293,13 @@ class Server:
         self._tally = _Tally()
         self.state.snapshot.copy_(self.state.x)
         for rank in self.active:
-            self._send(rank, messages.exact(Kind.SNAPSHOT, self.state.snapshot, self.epoch))
+            self._send_snapshot(rank)
         self._ask()
+
+    def _send_snapshot(self, rank: int) -> None:
+        with self.seconds.spent("coding"):
+            message = messages.exact(Kind.SNAPSHOT, self.state.snapshot, self.epoch)
+        self._send(rank, message)
 
     def _ask(self) -> None:
         """Ask for the gradient sums that are neither here nor on their way."""
@@ -299,12 +316,13 @@ class Server:
             return
         gradient = self.state.gradient.zero_()
         loss = 0.0
-        for parts in sorted(self._totals):  # an order that arrivals do not change
-            loss += self._totals[parts][0]
-            gradient.add_(self._totals[parts][1])
-        gradient.div_(self.samples)
+        with self.seconds.spent("computing"):
+            for parts in sorted(self._totals):  # an order that arrivals do not change
+                loss += self._totals[parts][0]
+                gradient.add_(self._totals[parts][1])
+            gradient.div_(self.samples)
+            value = loss / self.samples + self.prox.value(self.state.snapshot)
         self._totals.clear()
-        value = loss / self.samples + self.prox.value(self.state.snapshot)
         row = Epoch(self.epoch, self.step, value, float(gradient.norm()), self.traffic.bits, self.traffic.wire_bytes)
         self.history.append(row)
         if self.on_epoch:

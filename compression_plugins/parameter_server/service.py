@@ -23,7 +23,7 @@ import torch
 
 from ..errors import CompressionError
 from . import handshake, messages
-from .messages import HEADER, UP, Header, Message, MessageError
+from .messages import HEADER, UP, Header, Kind, Message, MessageError
 from .server import Server
 
 log = logging.getLogger("compression_plugins.parameter_server")
@@ -132,7 +132,9 @@ class Service:
         token: shared secret, 16 bytes or more.
         host: address to bind; loopback unless workers run on other machines.
         port: 0 takes a free one; see `address`.
-        tick: called about ten times a second, for example to look after worker processes; it may raise.
+
+    Attributes:
+        began: `time.monotonic()` when the first snapshot was asked for, or None.
     """
 
     def __init__(
@@ -141,9 +143,8 @@ class Service:
         token: bytes,
         host: str = "127.0.0.1",
         port: int = 0,
-        tick: Callable[[], None] | None = None,
     ) -> None:
-        self.server, self._token, self._tick = server, handshake.check_token(token), tick
+        self.server, self._token = server, handshake.check_token(token)
         self._options = server.options
         self._digest = self._options.digest(server.numel, server.samples)
         try:
@@ -156,15 +157,24 @@ class Service:
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._strangers: set[_Connection] = set()
         self._workers: dict[int, _Connection] = {}
+        self.began: float | None = None
         self._blocking_since: dict[int, float] = {}
+        self._summing_since: dict[int, float] = {}
+        self._sample_s = 0.0  # what the last gradient sum took a sample
         self._alone_since: float | None = None
 
-    def run(self) -> Server:
-        """Until the server is done; raises `CompressionError` if it cannot go on."""
+    def run(self, tick: Callable[[], None] | None = None) -> Server:
+        """Until the server is done; raises `CompressionError` if it cannot go on.
+
+        Args:
+            tick: called at least ten times a second, for example to look after worker processes; it may raise.
+        """
         started = time.monotonic()
         try:
             while self.server.phase != "done":
                 self._poll()
+                if tick:
+                    tick()
                 if self.server.phase == "waiting":
                     self._begin_when_ready(started)
                 self._drop_who_is_late()
@@ -192,8 +202,6 @@ class Service:
                     self._read(connection)
             except (_Lost, MessageError, handshake.AuthenticationError) as error:
                 self._close(connection, str(error))
-        if self._tick:
-            self._tick()
 
     def _accept(self) -> None:
         try:
@@ -240,12 +248,21 @@ class Service:
         else:
             old = self._workers.get(found.rank)
             if old is not None:
-                self._close(old, "connected again")
+                self._replace(old)
             connection.rank = found.rank
             connection.next_piece(None)
             self._workers[found.rank] = connection
             self.server.join(found.rank)
         self._watch(connection)
+
+    def _replace(self, old: _Connection) -> None:
+        """Tell who is still there to stop: two of one rank would otherwise take each other's place for ever."""
+        old.send(messages.stop(f"another worker of rank {old.rank} has connected", error=True))
+        try:
+            old.write()
+        except _Lost:
+            pass
+        self._close(old, "connected again")
 
     def _deliver(self, connection: _Connection) -> None:
         assert connection.header is not None and connection.rank is not None
@@ -253,6 +270,10 @@ class Service:
         connection.next_piece(None)
         self._blocking_since.pop(connection.rank, None)
         self.server.receive(connection.rank, message)
+        if message.kind is Kind.TOTAL:
+            now = time.monotonic()
+            self._sample_s = (now - self._summing_since.get(connection.rank, now)) / message.count
+            self._summing_since[connection.rank] = now
 
     def _write(self, connection: _Connection) -> None:
         if connection.write():
@@ -270,6 +291,8 @@ class Service:
             while self.server.outbox:
                 rank, message = self.server.outbox.popleft()
                 if rank in self._workers:
+                    if message.kind is Kind.SNAPSHOT:
+                        self._summing_since[rank] = time.monotonic()
                     self._workers[rank].send(message)
                     touched[rank] = self._workers[rank]
             for connection in touched.values():
@@ -300,6 +323,7 @@ class Service:
         if len(self._workers) == self._options.workers or (self._workers and waited > self._options.start_s):
             if len(self._workers) < self._options.workers:
                 log.warning("starting with %d of %d workers", len(self._workers), self._options.workers)
+            self.began = time.monotonic()
             self.server.begin()
         elif waited > self._options.start_s:
             raise CompressionError(
@@ -313,15 +337,16 @@ class Service:
         blockers = set(self.server.blockers())
         self._blocking_since = {rank: self._blocking_since.get(rank, now) for rank in blockers}
         for rank, since in list(self._blocking_since.items()):
-            if now - since > self._options.patience_s:
+            # Who has taken over a lost worker's part sums a second one while the others wait: that is not being late.
+            if now - since > self._options.patience_s + self.server.samples_asked(rank) * self._sample_s:
                 self._close(self._workers[rank], f"others waited {now - since:.1f} s for it (patience_s)")
         if self.server.phase == "waiting" or self._workers:
             self._alone_since = None
         else:
             self._alone_since = self._alone_since or now
-            if now - self._alone_since > self._options.patience_s:
+            if now - self._alone_since > self._options.start_s:
                 raise CompressionError(
-                    f"all workers are gone and none came back within patience_s = {self._options.patience_s:g} s"
+                    f"all workers are gone and none came back within start_s = {self._options.start_s:g} s"
                 )
 
     def _goodbye(self) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import multiprocessing
 import os
 import pickle
 import secrets
@@ -19,9 +17,9 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
 from ..errors import CompressionError, ConfigError
-from .client import run_worker
 from .options import Options
 from .problem import Forward, Problem, flatten, unflatten
+from .processes import Processes
 from .records import Epoch
 from .server import Server
 from .service import Service
@@ -141,24 +139,14 @@ class AsyncTrainer:
 
     def _run_processes(self, server: Server) -> None:
         token = secrets.token_bytes(32)
-        processes = _Processes(self.options.workers)
-        service = Service(server, token, tick=processes.check)
+        service = Service(server, token)
         data = self.loader.dataset if isinstance(self.loader, DataLoader) else self.loader
         collate = self.loader.collate_fn if isinstance(self.loader, DataLoader) else None
-        common = (
-            self.options,
-            self.model,
-            self.loss_fn,
-            data,
-            collate,
-            self.forward,
-            self.device,
-            service.address,
-            token,
-        )
+        common = (self.model, self.loss_fn, data, collate, self.forward, self.device, service.address, token)
+        processes = Processes(self.options.workers, self.options.restarts, (self.options, *common))
         try:
-            processes.start(common)
-            service.run()
+            processes.start()
+            service.run(tick=processes.check)
         finally:
             processes.stop()
 
@@ -166,68 +154,6 @@ class AsyncTrainer:
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()):
             loader = self.loader if isinstance(self.loader, DataLoader) else DataLoader(self.loader, batch_size=256)
             update_bn(loader, self.model)
-
-
-class _Processes:
-    """Local worker processes."""
-
-    def __init__(self, count: int) -> None:
-        self._count, self._processes = count, []  # type: int, list[multiprocessing.process.BaseProcess]
-        self._reported: set[int] = set()
-
-    def start(self, common: tuple[Any, ...]) -> None:
-        context = multiprocessing.get_context("spawn")
-        for rank in range(self._count):
-            process = context.Process(target=_work, args=(rank, *common), name=f"worker-{rank}", daemon=True)
-            try:
-                process.start()
-            except (pickle.PicklingError, AttributeError, TypeError) as error:
-                raise ConfigError(
-                    f"workers are processes of their own, and something that they need cannot be sent ({error}); use "
-                    "functions and classes of a module instead of lambdas or local ones, or delays=[...] to run here"
-                ) from None
-            self._processes.append(process)
-
-    def check(self) -> None:
-        """Say who died; raise when nobody is left."""
-        dead = [rank for rank, process in enumerate(self._processes) if process.exitcode not in (None, 0)]
-        for rank in set(dead) - self._reported:
-            log.warning("worker process %d ended with exit code %s", rank, self._processes[rank].exitcode)
-            self._reported.add(rank)
-        if len(dead) == self._count:
-            raise CompressionError("every worker process has failed; its own message stands above")
-
-    def stop(self) -> None:
-        for process in self._processes:
-            process.join(timeout=5)
-            if process.is_alive():
-                process.terminate()
-                process.join(timeout=5)
-
-
-def _work(
-    rank: int,
-    options: Options,
-    model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor] | None,
-    data: Any,
-    collate: Any,
-    forward: Forward | None,
-    device: str,
-    address: tuple[str, int],
-    token: bytes,
-) -> None:
-    """Body of a worker process. One thread each, since all of them share the machine's cores."""
-    torch.set_num_threads(1)
-    if device == "cuda":
-        device = f"cuda:{rank % torch.cuda.device_count()}"
-    loader = DataLoader(data, collate_fn=collate)
-    problem = Problem(copy.deepcopy(model), loss_fn, loader, forward, device)
-    try:
-        run_worker(Worker(rank, options, problem), address, token)
-    except CompressionError as error:
-        print(f"worker {rank}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
 
 
 def with_defaults(options: Options, defaults: Mapping[str, Any], config: Any, overrides: Mapping[str, Any]) -> Options:

@@ -13,6 +13,7 @@ from .algorithms import get
 from .messages import Kind, Message, MessageError
 from .options import Options
 from .problem import Problem
+from .records import Seconds
 
 
 class Worker:
@@ -20,6 +21,9 @@ class Worker:
 
     Args:
         rank: 0 .. options.workers - 1.
+
+    Attributes:
+        seconds: where its time goes.
     """
 
     def __init__(self, rank: int, options: Options, problem: Problem) -> None:
@@ -27,11 +31,13 @@ class Worker:
         self.algorithm = get(options.method)
         self.snapshot: Tensor | None = None
         self.pool = np.empty(0, np.int64)
+        self.seconds = Seconds()
 
     def handle(self, message: Message) -> Message | None:
         """The answer, or None for messages that want none."""
         if message.kind is Kind.SNAPSHOT:
-            self.snapshot = messages.vector(message, self.problem.numel)
+            with self.seconds.spent("coding"):
+                self.snapshot = messages.vector(message, self.problem.numel)
         elif message.kind is Kind.SHARD:
             self.pool = self._samples(message)
         elif message.kind is Kind.SUM:
@@ -42,10 +48,12 @@ class Worker:
 
     def _total(self, message: Message) -> Message:
         samples = self._samples(message)
-        loss, gradient = self.problem.total(
-            self._known(), samples, self.options.snapshot_batch, (self.options.seed ^ message.step) & 0xFFFFFFFF
-        )
-        return messages.exact(Kind.TOTAL, gradient, message.step, len(samples), loss)
+        with self.seconds.spent("computing"):
+            loss, gradient = self.problem.total(
+                self._known(), samples, self.options.snapshot_batch, (self.options.seed ^ message.step) & 0xFFFFFFFF
+            )
+        with self.seconds.spent("coding"):
+            return messages.exact(Kind.TOTAL, gradient, message.step, len(samples), loss)
 
     def _difference(self, message: Message) -> Message:
         """zeta = up(grad f_a(x^) - grad f_a(x~)), both on the same batch and the same random function."""
@@ -53,11 +61,15 @@ class Worker:
         if message.bits == 0:
             alpha = torch.zeros_like(snapshot)  # x^ is x~
         else:
-            batch = draw(self.options, self.rank, ticket, self.pool)
-            seed = (self.options.seed * 0x9E3779B1 + ticket) & 0xFFFFFFFF
-            alpha = self.problem.gradient(messages.vector(message, self.problem.numel), batch, seed)[1]
-            alpha.sub_(self.problem.gradient(snapshot, batch, seed)[1])
-        return self.algorithm.send_gradient(alpha, self.options, ticket, self.rank)
+            with self.seconds.spent("coding"):
+                x = messages.vector(message, self.problem.numel)
+            with self.seconds.spent("computing"):
+                batch = draw(self.options, self.rank, ticket, self.pool)
+                seed = (self.options.seed * 0x9E3779B1 + ticket) & 0xFFFFFFFF
+                alpha = self.problem.gradient(x, batch, seed)[1]
+                alpha.sub_(self.problem.gradient(snapshot, batch, seed)[1])
+        with self.seconds.spent("coding"):
+            return self.algorithm.send_gradient(alpha, self.options, ticket, self.rank)
 
     def _known(self) -> Tensor:
         if self.snapshot is None:

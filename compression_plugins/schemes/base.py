@@ -45,6 +45,7 @@ class Call:
         shards: None for an all-reduce; for a reduce-scatter the number of elements that each rank owns, in rank order.
         residual: fp32 [numel], this rank's memory of the bucket; zeros at first. Only for a scheme that has a memory.
         state: `state(slot, name, make)` is a tensor that lives across steps, made by `make()` at first.
+        vector: `vector(slot)` is fp32 [numel], a memory of the bucket beside the residual; zeros at first.
     """
 
     transport: Transport
@@ -54,6 +55,7 @@ class Call:
     shards: Sequence[int] | None
     residual: Callable[[], Tensor]
     state: Callable[[str, str, Callable[[], Tensor]], Tensor]
+    vector: Callable[[str], Tensor]
 
 
 class Scheme(BaseModel):
@@ -81,6 +83,16 @@ class Scheme(BaseModel):
         return None
 
     @property
+    def dense(self) -> Scheme:
+        """What averages exempt tensors, and all tensors during the warm-up."""
+        from .none import NoCompression
+
+        return NoCompression()
+
+    def check_ranks(self, size: int) -> None:
+        """Called at start-up; raises `UnsupportedError`, with the nearest valid choice, if `size` ranks are wrong."""
+
+    @property
     def codec(self) -> Codec:
         raise NotImplementedError(f"scheme {self.name} names no codec and must override reduce()")
 
@@ -105,7 +117,7 @@ class Scheme(BaseModel):
         from ..collectives import even_shards, gather
 
         codec, numel = self.codec, total(segments)
-        if self.collective is gather:
+        if self.collective is gather or size <= 2:
             return (size - 1) * codec.payload_bits(numel)
         shards = [codec.payload_bits(n) for n in even_shards(numel, size, codec.block)]
         return sum(shards) * (size - 1) / size + (size - 1) * max(shards)

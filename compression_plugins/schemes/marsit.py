@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from .. import triton_kernels as K
+from ..errors import UnsupportedError
 from ..memories import Memory, finite, zero_unless
 from ..registry import register
 from .base import Call, Phases, Reduction, Scheme, Segment, total
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _GLOBAL = Memory(scope="global")
-_MERGES = 1 << 16  # random streams of the ring's merges, apart from those that adapters count in
+_MERGES = 1 << 16  # random streams of the merges, apart from those that adapters count in
+_Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 @register
@@ -26,15 +28,21 @@ class Marsit(Scheme):
 
     Every `flush_steps` steps the compensated gradients are averaged exactly and the memory empties. In between each bit
     of the update is the sign of one rank chosen uniformly, times `eta_s`; the memory is the difference to that
-    *aggregated* update. Two forms draw from the same law: `one_hot` (each rank keeps only the bits that a shared random
-    key assigns to it; words are then summed by an ordinary all-reduce, no carry can occur) and `ring` (the paper's
-    operator, hop by hop).
+    *aggregated* update. Three forms draw from the same law: `ring` (the paper's operator, hop by hop), `torus` (the
+    same along rows, then columns: fewer hops) and `one_hot` (each rank keeps only the bits that a shared random key
+    assigns to it; words are then summed by an ordinary all-reduce, no carry can occur). They send the same bytes.
 
-    Departures from the paper. The memory is in gradient units: the optimizer applies its learning rate, and momentum,
-    after the average. The paper's step `eta_s` is one constant; `auto` sets it per tensor at each flush to the ranks'
-    mean |p|, which all ranks learn with the flush itself, because gradients of different layers differ in size
-    by orders of magnitude. A rank whose gradient is not finite raises a flag in the same message, and every rank's
-    result is NaN.
+    `direction: momentum` or `adam` puts the optimizer before the compression, where the paper has it: every rank keeps
+    its own moments (4 or 8 more bytes a value) and the direction takes the gradient's place, for exempt tensors and
+    warm-up steps too. The script's optimizer must then be plain SGD, `torch.optim.SGD(lr=...)`. With `flush_steps: 1`,
+    momentum is SGD(momentum) on the averaged gradient, for momentum is linear; adam is the mean of the ranks' own Adam
+    directions, which is another method than Adam on the averaged gradient. Not together with a loss scaler that
+    unscales averaged gradients (`torch.amp.GradScaler`); DeepSpeed's fp16 is fine.
+
+    Departures from the paper. The memory is in units of what is averaged: the optimizer applies its learning rate after
+    the average. The paper's step `eta_s` is one constant; `auto` sets it per tensor at each flush to the ranks' mean
+    |p|, which all ranks learn with the flush itself, because gradients of different layers differ in size by orders of
+    magnitude. A rank whose gradient is not finite raises a flag in the same message, and every rank's result is NaN.
     """
 
     name: ClassVar[str] = "marsit"
@@ -44,21 +52,81 @@ class Marsit(Scheme):
     eta_s: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         "auto", description="absolute value of the update between flushes; auto: each tensor's mean |p| at the flush"
     )
-    form: Literal["one_hot", "ring"] = Field("one_hot", description="one all-reduce of words, or the paper's ring")
+    form: Literal["one_hot", "ring", "torus"] = Field(
+        "one_hot", description="one all-reduce of words, or the paper's ring or torus"
+    )
+    rows: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="rows of the torus, a divisor of the number of ranks; auto: nearest to a square"
+    )
+    direction: Literal["gradient", "momentum", "adam"] = Field(
+        "gradient", description="what each rank averages; momentum, adam: the script's optimizer is plain SGD"
+    )
+    momentum: _Decay = Field(0.9, description="decay of direction: momentum, as in torch.optim.SGD")
+    betas: tuple[_Decay, _Decay] = Field(
+        (0.9, 0.999), strict=False, description="decays of direction: adam, as in torch.optim.Adam"
+    )
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="of direction: adam, as in torch.optim.Adam")
+
+    @field_validator("rows", "momentum", "betas", "eps")
+    @classmethod
+    def _is_used(cls, value: Any, info: ValidationInfo) -> Any:
+        """A key that another key makes meaningless may only have its default."""
+        key, word = _USED_BY[str(info.field_name)]
+        if value != cls.model_fields[str(info.field_name)].default and info.data.get(key, word) != word:
+            raise ValueError(f"only {key}: {word} has it, not {key}: {info.data[key]}")
+        return value
 
     @property
     def memory(self) -> Memory | None:
-        return _GLOBAL
+        return _GLOBAL if self.flush_steps > 1 else None
+
+    @property
+    def dense(self) -> Scheme:
+        """Exact averages, of the same kind of direction that compressed tensors get."""
+        return super().dense if self.direction == "gradient" else self.model_copy(update={"flush_steps": 1})
+
+    def check_ranks(self, size: int) -> None:
+        if self.form == "torus" and self.rows != "auto" and size % self.rows:
+            valid = [rows for rows in range(1, size + 1) if size % rows == 0]
+            best = min(valid, key=lambda rows: abs(rows - int(self.rows)))
+            raise UnsupportedError(
+                f"marsit: a torus of rows: {self.rows} cannot be made of {size} ranks, which it does not divide; the "
+                f"nearest that does is rows: {best} (valid: {', '.join(map(str, valid))}, or auto)"
+            )
 
     def reduce(self, x: Tensor, call: Call) -> Reduction:
+        healthy = finite(x)
+        self._redirect(x, healthy, call)
+        if self.memory is None:
+            from ..collectives import dense_sum
+
+            return (yield from dense_sum(call, x))
         residual = call.residual()
         etas = [call.state("eta", segment.name, lambda: self._first_eta(x)) for segment in call.segments]
         if call.step % self.flush_steps == 0:
             return (yield from self._flush(x, residual, etas, call))
-        healthy = finite(x)
-        vote = _one_hot if self.form == "one_hot" else _ring
+        vote = self._one_hot if self.form == "one_hot" else self._hop_by_hop
         bits, healthy = yield from vote(zero_unless(healthy, x), residual, healthy, call)
         return _apply(bits, healthy, residual, etas, call, x)
+
+    def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
+        numel = total(segments)
+        if self.memory is None:
+            return 64 * numel * (size - 1) / size
+        words = -(-numel // 32) if self.form == "one_hot" else size * -(-numel // (32 * size))
+        flush = 1 / self.flush_steps
+        # A flag goes with the signs, and with the flush a mean of each tensor.
+        votes, dense = words + 1, numel + len(segments)
+        return 2 * (size - 1) / size * 32 * (votes * (1 - flush) + dense * flush)
+
+    def _redirect(self, x: Tensor, healthy: Tensor, call: Call) -> None:
+        """The local direction in the gradient's place."""
+        from .. import directions
+
+        if self.direction == "momentum":
+            directions.momentum(x, healthy, call, self.momentum)
+        elif self.direction == "adam":
+            directions.adam(x, healthy, call, self.betas, self.eps)
 
     def _flush(self, x: Tensor, residual: Tensor, etas: list[Tensor], call: Call) -> Reduction:
         """Exact average of p; each tensor's mean |p| travels with it."""
@@ -79,15 +147,52 @@ class Marsit(Scheme):
     def _first_eta(self, x: Tensor) -> Tensor:
         return x.new_full((), 0.0 if self.eta_s == "auto" else self.eta_s)
 
-    def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
-        numel = total(segments)
-        words = -(-numel // 32) if self.form == "one_hot" else size * -(-numel // (32 * size))
-        flush = 1 / self.flush_steps
-        votes, dense = (
-            words + 1,
-            numel + len(segments),
-        )  # a flag goes with the signs, a mean of each tensor with the flush
-        return 2 * (size - 1) / size * 32 * (votes * (1 - flush) + dense * flush)
+    def _one_hot(self, x: Tensor, residual: Tensor, mine: Tensor, call: Call) -> Phases[tuple[Tensor, Tensor]]:
+        """Per coordinate one rank, drawn by a key that all share, gives its sign; all-reduce of int32 words."""
+        import torch
+
+        transport = call.transport
+        bits = K.one_hot_signs(x, transport.rank, transport.size, call.key._replace(rank=0), residual=residual)
+        flag = (~mine).to(torch.int32).view(1)
+        total = yield transport.all_reduce(torch.cat([bits.view(torch.int32), flag]))
+        return total[:-1].contiguous().view(torch.uint8), total[-1] == 0
+
+    def _hop_by_hop(self, x: Tensor, residual: Tensor, mine: Tensor, call: Call) -> Phases[tuple[Tensor, Tensor]]:
+        """The paper's reduce and gather phases over packed bits; an aggregate wins with its share of the ranks.
+
+        Every hop has a random stream of its own, and every rank a key. Padding ends with the bits: no lane beyond the
+        last element is ever decoded.
+        """
+        import torch
+
+        from ..collectives import ring_fold, square_rows, torus_fold
+
+        transport, size = call.transport, call.transport.size
+        unhealthy = yield transport.all_reduce((~mine).to(torch.float32).view(1))
+        bits = K.sign_bits(x, residual=residual)
+        length = 4 * -(-len(bits) // (4 * size))
+        padded = bits.new_zeros(length * size)
+        padded[: len(bits)] = bits
+        parts = [padded[rank * length : (rank + 1) * length] for rank in range(size)]
+
+        def merge(received: Tensor, own: Tensor, a: int, b: int) -> Tensor:
+            return K.bit_merge(received, own, a, b, call.key._replace(stream=call.key.stream + _MERGES * a))
+
+        if self.form == "ring":
+            parts = yield from ring_fold(transport, parts, merge)
+        else:
+            rows = square_rows(size) if self.rows == "auto" else self.rows
+            parts = yield from torus_fold(transport, parts, rows, merge)
+        return torch.cat(parts)[: len(bits)], unhealthy[0] == 0
+
+
+#: Key -> (the key, its value) under which it means something.
+_USED_BY = {
+    "rows": ("form", "torus"),
+    "momentum": ("direction", "momentum"),
+    "betas": ("direction", "adam"),
+    "eps": ("direction", "adam"),
+}
 
 
 def _apply(bits: Tensor, healthy: Tensor, residual: Tensor, etas: list[Tensor], call: Call, out: Tensor) -> Tensor:
@@ -99,36 +204,3 @@ def _apply(bits: Tensor, healthy: Tensor, residual: Tensor, etas: list[Tensor], 
     torch._foreach_mul_(pieces, [eta * healthy for eta in etas])  # nothing at all where some rank is unhealthy
     residual.sub_(result)
     return result.mul_(torch.where(healthy, 1.0, torch.nan))
-
-
-def _one_hot(x: Tensor, residual: Tensor, mine: Tensor, call: Call) -> Phases[tuple[Tensor, Tensor]]:
-    """Per coordinate one rank, drawn by a key that all share, gives its sign; all-reduce of int32 words."""
-    import torch
-
-    transport = call.transport
-    bits = K.one_hot_signs(x, transport.rank, transport.size, call.key._replace(rank=0), residual=residual)
-    flag = (~mine).to(torch.int32).view(1)
-    total = yield transport.all_reduce(torch.cat([bits.view(torch.int32), flag]))
-    return total[:-1].contiguous().view(torch.uint8), total[-1] == 0
-
-
-def _ring(x: Tensor, residual: Tensor, mine: Tensor, call: Call) -> Phases[tuple[Tensor, Tensor]]:
-    """The paper's reduce and gather phases over packed bits; the received aggregate wins with its share of the
-    ranks.
-    """
-    import torch
-
-    from ..collectives import ring_fold
-
-    transport, key = call.transport, call.key
-    unhealthy = yield transport.all_reduce((~mine).to(torch.float32).view(1))
-    bits = K.sign_bits(x, residual=residual)
-    length = 4 * -(-len(bits) // (4 * transport.size))
-    padded = bits.new_zeros(length * transport.size)
-    padded[: len(bits)] = bits
-
-    def merge(received: Tensor, own: Tensor, hops: int) -> Tensor:
-        return K.bit_merge(received, own, hops, 1, key._replace(stream=key.stream + _MERGES * hops))
-
-    parts = yield from ring_fold(transport, list(padded.split(length)) if length else [padded] * transport.size, merge)
-    return torch.cat(parts)[: len(bits)], unhealthy[0] == 0

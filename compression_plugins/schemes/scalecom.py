@@ -25,8 +25,9 @@ class ScaleCom(Scheme):
     `exact` the k largest of the bucket. A low-pass filter damps the residual: m <- (1 - beta) m + beta (p - sent), here
     as p = g + beta r and r <- r + g - sent with r = m / beta, which is the same recursion.
 
-    Wire: places from the leader, ceil(log2 ratio) bits a chunk (`exact`: 32 bits a value), then an fp32 all-reduce of
-    the kept values.
+    Wire: places from the leader, ceil(log2 ratio) bits a chunk (at least 1; `exact`: 32 bits a value), then an
+    all-reduce of the kept values. `values: fp16` and `bf16` halve the latter: ranks still add in fp32, and what the
+    rounding takes away goes to the residual (`half_mean`), so `sent` above is the rounded value.
     """
 
     name: ClassVar[str] = "scalecom"
@@ -35,32 +36,42 @@ class ScaleCom(Scheme):
     ratio: Annotated[int, Field(ge=1, le=65536)] = Field(100, description="keep one gradient value in so many")
     beta: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="low-pass filter of the residual; 1: none")
     selection: Literal["chunk", "exact"] = Field("chunk", description="largest of each chunk, or of the whole bucket")
+    values: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="format of the kept values on the wire")
 
     @property
     def memory(self) -> Memory | None:
         return Memory(alpha=self.beta)
 
     def reduce(self, x: Tensor, call: Call) -> Reduction:
-        from ..collectives import shared_index
+        from ..collectives import dense_sum, half_mean, shared_index
 
         choice = _Chunks if self.selection == "chunk" else _Exact
         selector = choice(x, self.ratio, Memory(alpha=self.beta), call.residual())
-        indices, values = yield from shared_index(
+        places, values = yield from shared_index(
             call.transport, call.step % call.transport.size, selector.select, selector.gather, selector.placeholder
         )
-        return selector.scatter(indices, values)
+        if self.values == "fp32":
+            mean = yield from dense_sum(call, values)
+        else:
+            mean, lost = yield from half_mean(call, values, self.values)
+            selector.remember(places, lost)
+        return selector.scatter(places, mean)
 
     def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
+        from ..collectives import half_mean_bits
+
         kept = -(-total(segments) // self.ratio)
         index_bits = 32 * -(-kept * _width(self.ratio) // 32) if self.selection == "chunk" else 32 * kept
-        return (index_bits + 64 * kept) * (size - 1) / size
+        around = (size - 1) / size
+        values = 64 * kept * around if self.values == "fp32" else half_mean_bits(kept, size, self.values)
+        return index_bits * around + values
 
 
 class _Chunks:
     """One value out of every `ratio` neighbours; places are offsets inside the chunk."""
 
     def __init__(self, x: Tensor, ratio: int, memory: Memory, residual: Tensor) -> None:
-        self.x, self.ratio, self.kept = x, ratio, -(-x.numel() // ratio)
+        self.x, self.ratio, self.residual, self.kept = x, ratio, residual, -(-x.numel() // ratio)
         self.arguments = memory.kernel_arguments(residual)
 
     def select(self) -> tuple[Tensor, Tensor]:
@@ -75,6 +86,11 @@ class _Chunks:
 
         nbytes = 4 * -(-self.kept * _width(self.ratio) // 32)
         return torch.empty(nbytes, dtype=torch.uint8, device=self.x.device)
+
+    def remember(self, payload: Tensor, lost: Tensor) -> None:
+        from ..codecs.chunks import chunk_add
+
+        chunk_add(self._unpack(payload), lost, self.ratio, self.residual)
 
     def scatter(self, payload: Tensor, values: Tensor) -> Tensor:
         from ..codecs.chunks import chunk_scatter
@@ -114,6 +130,9 @@ class _Exact:
         import torch
 
         return torch.empty(4 * self.kept, dtype=torch.uint8, device=self.x.device)
+
+    def remember(self, payload: Tensor, lost: Tensor) -> None:
+        self.residual.index_add_(0, self._checked(payload), lost)
 
     def scatter(self, payload: Tensor, values: Tensor) -> Tensor:
         return self.x.zero_().index_copy_(0, self._checked(payload), values)

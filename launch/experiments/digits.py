@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,18 +37,23 @@ def softmax() -> tuple[nn.Module, Any, DataLoader[Any]]:
 
 
 def optimum(data: TensorDataset) -> float:
-    """min P by L-BFGS in fp64."""
-    images, labels = data.tensors[0].double(), data.tensors[1]
-    weight = torch.zeros(10, 784, dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(10, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-8, line_search_fn="strong_wolfe")
+    """min P of the regression on `data`."""
+    return minimum(zero_softmax(), lambda model, x: nn.functional.cross_entropy(model(x[0]), x[1]), data.tensors, L2)
+
+
+def minimum(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Sequence[Tensor], l2: float) -> float:
+    """min over the parameters of `loss(model, batch)` + (l2 / 2) |x|^2 by L-BFGS in fp64; `model` is left as it is."""
+    model = copy.deepcopy(model).double()
+    batch = [tensor.double() if tensor.is_floating_point() else tensor for tensor in batch]
+    solver = torch.optim.LBFGS(
+        model.parameters(), max_iter=500, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         solver.zero_grad()
-        loss = nn.functional.cross_entropy(images @ weight.T + bias, labels)
-        loss = loss + L2 / 2 * (weight.square().sum() + bias.square().sum())
-        loss.backward()
-        return loss
+        value = loss(model, batch) + l2 / 2 * sum(parameter.square().sum() for parameter in model.parameters())
+        value.backward()
+        return value
 
-    solver.step(closure)
+    solver.step(closure)  # type: ignore[no-untyped-call]
     return float(closure().detach())

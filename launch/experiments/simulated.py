@@ -33,6 +33,12 @@ class Cluster:
 
     def step(self, loss: Callable[[nn.Module, int], Tensor]) -> float:
         """One optimizer step; `loss(model, rank)` is the loss of that rank's batch. Returns the mean loss."""
+        mean, gradients = self.gradients(loss)
+        self.apply(gradients)
+        return mean
+
+    def gradients(self, loss: Callable[[nn.Module, int], Tensor]) -> tuple[float, list[list[Tensor]]]:
+        """(mean loss, `gradients[rank][bucket]`), flat fp32, for `apply`."""
         total, gradients = 0.0, []
         for rank in range(self.workers):
             self.optimizer.zero_grad(set_to_none=False)
@@ -40,8 +46,7 @@ class Cluster:
             value.backward()
             total += value.item()
             gradients.append(self._flat())
-        self.apply(gradients)
-        return total / self.workers
+        return total / self.workers, gradients
 
     def apply(self, gradients: list[list[Tensor]]) -> None:
         """Average `gradients[rank][bucket]` (flat fp32, overwritten) and let the optimizer take its step."""

@@ -83,7 +83,7 @@ def test_buckets_hold_at_most_bucket_mb_unless_one_tensor_is_larger() -> None:
 
 def test_the_table_names_what_is_not_compressed_and_why() -> None:
     table = plan().table()
-    assert "scalecom(ratio=100, beta=1.0, selection=chunk): 3 tensors" in table
+    assert "scalecom(ratio=100, beta=1.0, selection=chunk, values=fp32): 3 tensors" in table
     assert "none: 2 tensors, 74 values (below min_numel 1024" in table or "below min_numel 1024" in table
     assert "block.tiny" in table
 

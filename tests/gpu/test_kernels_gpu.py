@@ -39,6 +39,12 @@ def test_uniform_of_any_dtype_and_memory(memory, dtype, stride, numel):
     checks.check_uniform("triton", numel, 8, 512, "absmax", "stochastic", memory, dtype, stride)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+@pytest.mark.parametrize("numel", LENGTHS)
+def test_uniform_round(bits, numel):
+    checks.check_round("triton", numel, bits)
+
+
 @MEMORIES
 @pytest.mark.parametrize("kind", ["bf16", "fp16", "fp8"])
 @pytest.mark.parametrize("dtype, stride", checks.INPUTS)

@@ -206,6 +206,24 @@ def check_vote(implementation, numel, ranks) -> None:
     assert_same_bits(result, reference("pack").pack_bits((2 * votes >= ranks).int(), 1))
 
 
+def check_draw(implementation, numel, dtype=torch.float32, stride=1, spoil=False) -> None:
+    """The scale is the norm of the whole vector; given it, every bit is the one of the formula."""
+    x = vector(numel, dtype, stride)
+    if spoil and numel:
+        x[numel // 2] = float("inf")
+    module, device = fast(implementation, "sign"), device_of(implementation)
+    payload = module.sign_draw(x.to(device), KEY)
+    target = torch.full_like(payload, 0xAA)
+    assert module.sign_draw(x.to(device), KEY, out=target) is target
+    assert torch.equal(target, payload), "out= and a new payload differ: some byte is not written"
+    assert payload.numel() == (4 + 4 * -(-numel // 32) if numel else 0)
+    scale, words = layout.split(payload.cpu(), min(numel, 1))
+    norm = torch.linalg.vector_norm(x.double())
+    assert_within_one_ulp(scale, torch.where(norm.isfinite(), norm, torch.nan).float().expand(scale.shape))
+    thresholds = philox.signed32(KEY, numel).to(torch.float32) * 2.0**-31 * scale
+    assert_same_bits(words, reference("pack").pack_bits((x.float() >= thresholds).int(), 1).view(torch.int32))
+
+
 def check_apply(family, implementation, numel, block, momentum) -> None:
     """Fused decode and descent equals decode, then heavy ball, then the step."""
     encoding, decoding = settings_of(family, block)
@@ -244,3 +262,16 @@ def check_pack(implementation, numel, width) -> None:
     value = sum(int(code) << (i * width) for i, code in enumerate(codes))
     assert bytes(packed.tolist()) == value.to_bytes(packed.numel(), "little")
     assert_same_bits(module.unpack_bits(packed, numel, width), codes)
+
+
+def check_round(implementation: str, numel: int, bits: int) -> None:
+    """Rounding in place to a given scale is what decoding one whole block with that scale gives."""
+    x, block = vector(numel), 32 * max(1, -(-numel // 32))
+    payload = reference("uniform").uniform_encode(x, bits, block, KEY)
+    wanted = reference("uniform").uniform_decode(payload, numel, bits, block)
+    ours = x.to(device_of(implementation))
+    scale = float(x.abs().max()) if numel else 0.0
+    other = fast(implementation, "uniform").uniform_round(ours, bits, scale, KEY)
+    assert_same_bits(other.cpu(), wanted)
+    fast(implementation, "uniform").uniform_round(ours, bits, scale, KEY, out=ours)
+    assert_same_bits(ours.cpu(), wanted)

@@ -7,6 +7,7 @@ import torch
 
 from compression_plugins import triton_kernels as K
 from compression_plugins.errors import CompressionError
+from compression_plugins.triton_kernels import layout
 
 from . import dense_checks as checks
 
@@ -56,6 +57,52 @@ def test_apply_is_decode_then_descent(implementation, momentum, numel):
     checks.check_apply("sign", implementation, numel, BLOCK, momentum)
 
 
+@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize("dtype, stride", checks.INPUTS)
+@pytest.mark.parametrize("numel", [0, 1, 33, 1024, 1025, 4999])
+def test_draws_follow_the_formula_given_the_norm(implementation, dtype, stride, numel):
+    checks.check_draw(implementation, numel, dtype, stride)
+    checks.check_draw(implementation, numel, dtype, stride, spoil=True)
+
+
+@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize("value, norm", [(0.0, 0.0), (1e-44, 64e-44), (3e38, layout.SCALE_MAX)])
+def test_norm_of_draws_neither_vanishes_nor_overflows(implementation, value, norm):
+    x = torch.full((4096,), value, device=checks.device_of(implementation))
+    payload = checks.fast(implementation, "sign").sign_draw(x, checks.KEY).cpu()
+    assert payload[:4].view(torch.float32).item() == pytest.approx(norm, rel=1e-6)
+    assert K.sign_decode(payload, 4096, 4096).isfinite().all()
+
+
+def test_draws_resolve_probabilities_that_sixteen_bits_cannot():
+    """An element of 2**-17 of the norm has probability 1/2 + 2**-18, half a step from 1/2 for sixteen random bits."""
+    numel = 1 << 22
+    x = torch.zeros(numel)
+    x[-1] = 1
+    before = K.sign_draw(x, checks.KEY)
+    x[:-1] = 2.0**-17
+    flipped = K.unpack_bits((before ^ K.sign_draw(x, checks.KEY))[4:].clone(), numel - 1, 1).sum().item()
+    assert abs(flipped - numel / 2**18) < 4 * (numel / 2**18) ** 0.5  # Poisson, 16 expected
+
+
+def test_draws_have_the_probability_of_the_contract():
+    """Means of 0.6, -0.8 and 0 under the norm 1: three binomials, each within five standard deviations."""
+    x, trials = torch.tensor([0.6, -0.8, 0.0]), 4096
+    draws = torch.stack([K.sign_decode(K.sign_draw(x, checks.KEY._replace(step=s)), 3, 32) for s in range(trials)])
+    assert torch.equal(draws.abs(), torch.ones_like(draws))
+    sigma = ((1 - x.double().square()) / trials).sqrt()
+    assert ((draws.double().mean(0) - x).abs() < 5 * sigma).all()
+    assert abs(torch.corrcoef(draws.T)[0, 1]) < 5 / trials**0.5, "elements are drawn independently"
+
+
+def test_draws_of_a_part_continue_the_stream():
+    x = checks.vector(4096)
+    x[:2048] = 0  # so that whole and part have one norm
+    whole = K.sign_draw(x, checks.KEY)
+    part = K.sign_draw(x[2048:], checks.KEY._replace(offset=checks.KEY.offset + 2048))
+    assert torch.equal(whole[4 + 2048 // 8 :], part[4:])
+
+
 def test_layout_is_scales_then_bits_lsb_first():
     x = torch.tensor([1.0, -1.0, 1.0, 1.0] + [-1.0] * 60 + [3.0])
     payload = K.sign_encode(x, 64)
@@ -102,6 +149,8 @@ def test_scale_of_a_huge_finite_block_is_finite():
         (lambda m, x: m.sign_reduce(m.sign_encode(x, 64), 100, 64), "shape"),
         (lambda m, x: m.sign_reduce(m.sign_encode(x, 64)[None], 100, 64, residual=x[:9].clone()), "residual must be"),
         (lambda m, x: m.sign_apply(m.sign_encode(x, 64), x, 64, 0.1, x.half(), 0.9), "momentum_buffer must be"),
+        (lambda m, x: m.sign_draw(x.double(), checks.KEY), "fp32, fp16 or bf16"),
+        (lambda m, x: m.sign_draw(x, checks.KEY, out=x.new_empty(16, dtype=torch.uint8)), "20 bytes"),
     ],
 )
 def test_bad_input_is_one_clear_error(implementation, call, complaint):

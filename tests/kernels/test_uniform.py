@@ -61,6 +61,20 @@ def test_apply_is_decode_then_descent(implementation, momentum, numel):
     checks.check_apply("uniform", implementation, numel, BLOCK, momentum)
 
 
+@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+@pytest.mark.parametrize("numel", checks.LENGTHS)
+def test_rounding_in_place_is_encode_then_decode_of_one_block(implementation, bits, numel):
+    checks.check_round(implementation, numel, bits)
+
+
+@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize("scale", [0.0, 1e-39])
+def test_a_scale_too_small_for_a_grid_rounds_to_zero(implementation, scale):
+    x = torch.full((9,), 1e-40, device=checks.device_of(implementation))
+    assert not checks.fast(implementation, "uniform").uniform_round(x, 8, scale, checks.KEY).any()
+
+
 @pytest.mark.parametrize("scale", ["absmax", "l2"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_stochastic_rounding_is_unbiased_with_the_variance_of_a_coin(bits, scale):

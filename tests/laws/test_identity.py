@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compression_plugins.codecs import Codec
-from compression_plugins.collectives import dense_sum, gather, ring_fold, two_stage
+from compression_plugins.collectives import dense_sum, gather, ring_fold, square_rows, torus_fold, two_stage
 from compression_plugins.memories import ERROR_FEEDBACK
 from compression_plugins.schemes.base import Call, Reduction
 from compression_plugins.transports.local import LocalWorld
@@ -52,12 +52,21 @@ class Collective(World):
         object.__setattr__(self.plan.buckets[0], "scheme", scheme)
 
 
-def ring(x: Tensor, call: Call) -> Reduction:
+def fold(x: Tensor, call: Call, rows: int | None = None) -> Reduction:
+    """The mean by partial means, weighted with the numbers of ranks that `merge` is told."""
     length = -(-x.numel() // call.transport.size)
     padded = torch.zeros(length * call.transport.size)
     padded[: x.numel()] = x
-    parts = yield from ring_fold(call.transport, list(padded.split(length)), lambda received, own, hops: received + own)
-    return torch.cat(parts)[: x.numel()] / call.transport.size
+    parts = list(padded.split(length))
+
+    def merge(received: Tensor, own: Tensor, a: int, b: int) -> Tensor:
+        return (a * received + b * own) / (a + b)
+
+    if rows is None:
+        parts = yield from ring_fold(call.transport, parts, merge)
+    else:
+        parts = yield from torus_fold(call.transport, parts, rows, merge)
+    return torch.cat(parts)[: x.numel()]
 
 
 COLLECTIVES = {
@@ -65,7 +74,9 @@ COLLECTIVES = {
     "gather": lambda x, call: gather(Identity(), None, call, x),
     "gather with memory": lambda x, call: gather(Identity(), ERROR_FEEDBACK, call, x),
     "two_stage": lambda x, call: two_stage(Identity(), None, call, x),
-    "fold": ring,
+    "ring": fold,
+    "torus": lambda x, call: fold(x, call, square_rows(call.transport.size)),
+    "torus of one column": lambda x, call: fold(x, call, call.transport.size),
 }
 
 

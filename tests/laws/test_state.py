@@ -97,3 +97,27 @@ def test_a_skipped_step_leaves_no_trace_when_buckets_changed_within_it() -> None
     state.rollback()
     assert state.residual(bucket(("a", 0, 4), ("b", 0, 3))).tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert state.residual(bucket(("new", 0, 2))).tolist() == [0, 0]
+
+
+def test_memories_beside_the_residual_follow_elements_and_undo_alike_but_apart_from_it() -> None:
+    state = State(undoable=True)
+    state.vector("momentum", bucket(("a", 0, 4), ("b", 0, 3))).copy_(torch.arange(7.0))
+    state.commit()
+    assert not state.residual(bucket(("a", 0, 4))).any() and state.norm() == 0
+    assert state.vector("momentum", bucket(("a", 2, 2), ("b", 0, 1))).tolist() == [2, 3, 4]
+    state.vector("momentum", bucket(("a", 0, 4))).mul_(-1)
+    state.vector("new", bucket(("a", 0, 4))).fill_(1)
+    state.rollback()
+    assert state.vector("momentum", bucket(("b", 0, 3), ("a", 0, 4))).tolist() == [4, 5, 6, 0, 1, 2, 3]
+    assert not state.vector("new", bucket(("a", 0, 4))).any()
+    other = State()
+    other.load_state_dict(state.state_dict())
+    assert other.vector("momentum", bucket(("a", 0, 4))).tolist() == [0, 1, 2, 3]
+    assert other.nbytes() == state.nbytes()
+
+
+def test_a_state_from_before_there_were_other_memories_is_read() -> None:
+    state = State()
+    state.load_state_dict({"residuals": {"a": {0: torch.ones(4)}}, "tensors": {}})
+    assert state.residual(bucket(("a", 0, 4))).tolist() == [1] * 4
+    assert not state.vector("momentum", bucket(("a", 0, 4))).any()

@@ -11,6 +11,7 @@ from compression_plugins import triton_kernels as K
 from compression_plugins.errors import CompressionError
 from compression_plugins.parameter_server import quantizer
 from compression_plugins.triton_kernels.philox import uniform
+from compression_plugins.weights import least_bits
 
 WIDTHS = range(2, 17)
 
@@ -61,7 +62,7 @@ def test_the_largest_elements_are_exact_and_one_element_is_too() -> None:
 @pytest.mark.parametrize("distance", [3.0, 0.3, 0.03])
 def test_the_mu_rule_bounds_the_error_with_the_fewest_bits(mu: float, distance: float) -> None:
     x = vector(2000)
-    bits = quantizer.least_bits(float(x.abs().max()), distance, 2000, mu)
+    bits = least_bits(float(x.abs().max()), distance, 2000, mu)
     assert bits is not None
     error = torch.stack([(quantize(x, bits, draw) - x).square().sum() for draw in range(20)]).mean()
     assert error <= mu * distance**2
@@ -70,20 +71,21 @@ def test_the_mu_rule_bounds_the_error_with_the_fewest_bits(mu: float, distance: 
 
 
 def test_one_bit_more_each_time_the_distance_halves() -> None:
-    widths = [quantizer.least_bits(1.0, 2.0**-k, 10_000, 0.5) for k in range(9)]
+    widths = [least_bits(1.0, 2.0**-k, 10_000, 0.5) for k in range(9)]
     assert widths == list(range(widths[0], widths[0] + 9))
 
 
 def test_half_a_bit_less_each_time_mu_doubles() -> None:
-    widths = [quantizer.least_bits(1.0, 0.1, 10_000, 0.001 * 4**k) for k in range(6)]
+    widths = [least_bits(1.0, 0.1, 10_000, 0.001 * 4**k) for k in range(6)]
     assert widths == list(range(widths[0], widths[0] - 6, -1))
 
 
 def test_beyond_16_bits_the_rule_says_full_precision() -> None:
     edge = math.sqrt(10_000 / (4 * 0.5)) / (2**15 - 1)
-    assert quantizer.least_bits(1.0, edge * 1.0001, 10_000, 0.5) == 16
-    assert quantizer.least_bits(1.0, edge * 0.9999, 10_000, 0.5) is None
-    assert quantizer.least_bits(1.0, 0.0, 10_000, 0.5) is None
+    assert least_bits(1.0, edge * 1.0001, 10_000, 0.5) == 16
+    assert least_bits(1.0, edge * 0.9999, 10_000, 0.5) is None
+    assert least_bits(1.0, 0.0, 10_000, 0.5) is None
+    assert least_bits(1e30, 1e-300, 10_000, 0.5) is None
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.3])

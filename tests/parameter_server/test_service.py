@@ -31,14 +31,25 @@ TOKEN = b"a token for the tests alone"
 CONTEXT = multiprocessing.get_context("fork")
 
 
-def work(rank: int, chosen: Options, address: tuple[str, int], pause: float = 0.0) -> None:
+def work(
+    rank: int,
+    chosen: Options,
+    address: tuple[str, int],
+    pause: float = 0.0,
+    pause_in_sums: float = 0.0,
+    reconnect_s: float = 30.0,
+) -> None:
     torch.set_num_threads(1)
     task = problem()
     worker = Worker(rank, chosen, task)
-    if pause:
-        handle = worker.handle
-        worker.handle = lambda message: (time.sleep(pause), handle(message))[1]  # type: ignore[method-assign]
-    run_worker(worker, address, TOKEN)
+    handle = worker.handle
+
+    def dawdle(message: messages.Message) -> messages.Message | None:
+        time.sleep(pause_in_sums if message.kind is messages.Kind.SUM else pause)
+        return handle(message)
+
+    worker.handle = dawdle  # type: ignore[method-assign]
+    run_worker(worker, address, TOKEN, reconnect_s)
 
 
 class Lab:
@@ -151,7 +162,7 @@ def test_a_worker_that_hangs_is_waited_for_up_to_its_patience_and_may_go_on_late
     lab: Callable[..., Lab], caplog: pytest.LogCaptureFixture
 ) -> None:
     run = lab(epochs=3, inner_steps=60, tau=2, patience_s=0.7)
-    run.start(0, 1, pause=0.01)
+    run.start(0, 1, pause=0.01, reconnect_s=0.5)  # counted from the loss of the connection, not from its beginning
     run.serve()
     run.until(lambda: run.server.step > 10)
     os.kill(run.processes[1].pid or 0, signal.SIGSTOP)
@@ -161,6 +172,31 @@ def test_a_worker_that_hangs_is_waited_for_up_to_its_patience_and_may_go_on_late
     run.until(lambda: run.server.active == [0, 1])
     server = run.finish()
     assert max(server.delays) <= 2 and server.step == 180
+
+
+def test_who_sums_a_lost_workers_samples_too_is_not_taken_for_late(
+    lab: Callable[..., Lab], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = lab(workers=3, epochs=2, inner_steps=9, patience_s=0.3)
+    run.start(0, 1, 2, pause_in_sums=0.6)
+    run.serve()
+    run.until(lambda: run.server.phase == "snapshot" and run.server.samples_asked(1) > 0)
+    time.sleep(0.3)  # in the middle of the sums
+    os.kill(run.processes[2].pid or 0, signal.SIGKILL)
+    server = run.finish()
+    assert server.active == [0, 1] and len(server.history) == 2
+    assert "patience_s" not in caplog.text
+
+
+def test_a_run_whose_workers_are_all_gone_waits_for_one_and_then_says_so(lab: Callable[..., Lab]) -> None:
+    run = lab(start_s=1.0, epochs=50)
+    run.start(0, 1, pause=0.01)
+    run.serve()
+    run.until(lambda: run.server.step > 5)
+    for process in run.processes.values():
+        process.kill()
+    with pytest.raises(CompressionError, match="none came back within start_s = 1 s"):
+        run.finish()
 
 
 def test_a_run_starts_without_those_who_do_not_come(lab: Callable[..., Lab], caplog: pytest.LogCaptureFixture) -> None:
@@ -283,6 +319,26 @@ def test_a_worker_with_other_options_is_told_so(lab: Callable[..., Lab]) -> None
         run_worker(Worker(0, options(workers=2, inner_steps=20, lr=0.7), problem()), run.service.address, TOKEN)
     with pytest.raises(CompressionError, match="rank 5 where there are 2"):
         run_worker(Worker(5, run.options, problem()), run.service.address, TOKEN)
+
+
+def test_the_second_worker_of_a_rank_takes_the_place_of_the_first_which_stops(lab: Callable[..., Lab]) -> None:
+    run = lab()
+    run.serve()
+    stopped: list[str] = []
+
+    def first() -> None:
+        with pytest.raises(CompressionError, match="another worker of rank 1 has connected"):
+            run_worker(Worker(1, run.options, problem()), run.service.address, TOKEN)
+        stopped.append("yes")
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    run.until(lambda: run.server.active == [1])
+    run.start(1)
+    thread.join(20)
+    assert stopped
+    run.start(0)
+    assert run.finish().step == 40
 
 
 def test_workers_are_told_why_the_server_stops(lab: Callable[..., Lab]) -> None:

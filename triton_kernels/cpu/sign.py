@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import float32
+from numba import float32, int32, uintp
 
 from .. import layout
-from ..layout import Memory
-from . import _tile
+from ..layout import SCALE_MAX, Memory
+from . import _philox, _tile
 from ._bits import sign_mask, spread_mask
 from ._jit import jit
-from ._tile import TILE, add, compensate, descend, divide, load, remember, store, sum_abs
+from ._tile import (
+    TILE,
+    add,
+    compensate,
+    descend,
+    divide,
+    finite_bits,
+    load,
+    max_magnitude_bits,
+    remember,
+    store,
+    sum_abs,
+    sum_squares,
+)
 
+_SCALE_MAX = np.float64(SCALE_MAX)
+_HALF_RANGE = np.float32(2.0**-31)  # makes a signed 32-bit integer a number in [-1, 1]
 _NO_PAYLOADS = np.empty(0, np.float32), np.empty(0, np.uint32), 0
 
 
@@ -123,6 +138,28 @@ def _vote(ballots, ranks, numel, out):
         _pack(votes, count, out, start // 32)
 
 
+@jit()
+def _draw(x32, x16, kind, numel, scales, words, key):
+    p = np.empty(TILE, np.float32)
+    random = np.empty(TILE, np.uint32)
+    draw = random.view(np.int32)
+    largest, squares = int32(0), 0.0
+    for start in range(0, numel, TILE):
+        count = min(TILE, numel - start)
+        load(x32, x16, kind, start, count, p)
+        largest = max(largest, max_magnitude_bits(p, count))
+        squares += sum_squares(p, count)
+    scale = float32(min(np.sqrt(squares), _SCALE_MAX)) if finite_bits(largest) else float32(np.nan)
+    scales[0] = scale
+    for start in range(0, numel, TILE):
+        count = min(TILE, numel - start)
+        load(x32, x16, kind, start, count, p)
+        _philox.fill(random, (count + 3) // 4, start // 4, key)
+        for i in range(uintp(count)):
+            p[i] = p[i] - float32(draw[i]) * _HALF_RANGE * scale  # the sign of a difference is exact
+        _pack(p, count, words, 1 + start // 32)
+
+
 def _views(payload):
     """The memory of one or more payloads as ``(fp32, uint32)`` arrays."""
     payload = payload.view(-1)
@@ -171,3 +208,13 @@ def sign_apply(payload, param, block, lr, momentum_buffer=None, momentum=0.0):
     layout.check_payload(payload, layout.sign_bytes(numel, block))
     layout.check_apply(payload, param, momentum_buffer)
     _apply(*_views(payload), numel, block, *_tile.descent(param, momentum_buffer, lr, momentum))
+
+
+def sign_draw(x, key, out=None):
+    layout.check_input(x, Memory())
+    numel = x.numel()
+    out = layout.payload_for(out, layout.sign_bytes(numel, layout.single_block(numel)), x)
+    if numel:
+        words = _philox.words_of(key._replace(offset=2 * key.offset))
+        _draw(*_tile.source(x), numel, *_views(out), words)
+    return out

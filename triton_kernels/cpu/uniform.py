@@ -8,6 +8,7 @@ from numba import float32, int8, int32, uint8, uint16, uint32, uintp
 
 from .. import layout
 from ..layout import SCALE_MAX, Memory
+from ..reference.uniform import grid
 from . import _philox, _tile
 from ._jit import jit
 from ._tile import (
@@ -225,6 +226,20 @@ def _apply(scales, codes, numel, block, bits, param, m, has_m, lr, momentum):
             descend(q, param, m, has_m, start, count, lr, momentum)
 
 
+@jit()
+def _round(x, numel, inverse, step, levels, words, out):
+    u_step, u_base = _STOCHASTIC
+    random = np.zeros(TILE // 2, np.uint32)
+    halves = random.view(np.uint16)
+    for start in range(0, numel, TILE):
+        count = min(TILE, numel - start)
+        _philox.fill(random, (count + 7) // 8, start // 8, words)
+        first = uintp(start)
+        for i in range(uintp(count)):
+            v = x[first + i] * inverse + (float32(int32(halves[i])) * u_step + u_base)
+            out[first + i] = min(max(np.floor(v), -levels), levels) * step
+
+
 def _draws(rounding, key):
     """``(factors that make u of random bits, words of the key)``."""
     return (_STOCHASTIC, _philox.words_of(key)) if rounding == "stochastic" else (_NEAREST, _philox.words_of(None))
@@ -282,3 +297,10 @@ def uniform_apply(payload, param, bits, block, lr, momentum_buffer=None, momentu
     layout.check_apply(payload, param, momentum_buffer)
     descent = _tile.descent(param, momentum_buffer, lr, momentum)
     _apply(*_views(payload), numel, block, bits, *descent)
+
+
+def uniform_round(x, bits, scale, key, out=None):
+    out = layout.check_round(x, bits, scale, out)
+    factors = (*map(np.float32, grid(bits, scale)), np.float32(layout.uniform_levels(bits)))
+    _round(x.detach().numpy(), x.numel(), *factors, _philox.words_of(key), out.detach().numpy())
+    return out

@@ -33,14 +33,20 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
+def words32(counter, seed, tensor, first, step, rank, stream):
+    """The four words (uint32) of every counter, in order: [rows, m] int64 -> [rows, 4 m]; arguments of `uniform16`."""
+    zero = (counter * 0).to(tl.uint32)
+    c0 = counter.to(tl.uint32) + first.to(tl.uint32)
+    c1, c2, c3 = zero + step.to(tl.uint32), zero + rank.to(tl.uint32), zero + stream.to(tl.uint32)
+    w0, w1, w2, w3 = philox4x32(c0, c1, c2, c3, seed.to(tl.uint32), tensor.to(tl.uint32))
+    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+
+
+@triton.jit
 def uniform16(counter, seed, tensor, first, step, rank, stream):
     """Random halves ``h`` (int32) of the eight elements of every counter: [rows, m] int64 -> [rows, 8 m].
 
     ``counter``: element index // 8; the other arguments are `words_of` the key.
     """
-    zero = (counter * 0).to(tl.uint32)
-    c0 = counter.to(tl.uint32) + first.to(tl.uint32)
-    c1, c2, c3 = zero + step.to(tl.uint32), zero + rank.to(tl.uint32), zero + stream.to(tl.uint32)
-    w0, w1, w2, w3 = philox4x32(c0, c1, c2, c3, seed.to(tl.uint32), tensor.to(tl.uint32))
-    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    words = words32(counter, seed, tensor, first, step, rank, stream)
     return tl.interleave(words & 0xFFFF, words >> 16).to(tl.int32)

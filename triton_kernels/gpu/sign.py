@@ -7,9 +7,11 @@ import triton
 import triton.language as tl
 
 from .. import layout
-from ..layout import Memory
+from ..layout import SCALE_MAX, Memory
 from ..reference._memory import mean_in_rank_order
+from ._philox import KEY_ARGUMENTS, words32, words_of
 from ._tile import (
+    MAX_COLUMNS,
     Geometry,
     compensate,
     descend,
@@ -24,6 +26,7 @@ from ._tile import (
 )
 
 _INF = tl.constexpr(float("inf"))
+_INF_BITS = 0x7F800000
 
 
 @triton.jit
@@ -117,6 +120,20 @@ def _vote(ballots, size, ranks, numel, block, words, tiles, ROWS: tl.constexpr, 
     store_codes(words, row, column, block, numel, won.to(tl.int32), 1, ROWS, COLUMNS)
 
 
+@triton.jit(do_not_specialize=KEY_ARGUMENTS)
+def _draw(
+    x, stride, numel, block, scale, words, seed, tensor, first, step, rank, stream, tiles,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
+    QUARTER: tl.constexpr = COLUMNS // 4
+    counter = row[:, None] * (block // 4) + (tl.min(column, axis=0) // 4 + tl.arange(0, QUARTER))[None, :]
+    draw = words32(counter, seed, tensor, first, step, rank, stream).to(tl.int32, bitcast=True)
+    threshold = draw.to(tl.float32) * 4.656612873077393e-10 * tl.load(scale)  # 2**-31
+    positive = (load_x(x, stride, index, inside) >= threshold) & inside
+    store_codes(words, row, column, block, numel, positive.to(tl.int32), 1, ROWS, COLUMNS)
+
+
 def sign_encode(x, block, residual=None, alpha=1.0, decay=1.0, sent=1.0, out=None):
     memory = Memory(residual, alpha, decay, sent)
     layout.check_block(block)
@@ -181,3 +198,18 @@ def sign_apply(payload, param, block, lr, momentum_buffer=None, momentum=0.0):
     m = param if momentum_buffer is None else momentum_buffer
     arguments = scales, words, param.detach(), m.detach(), float(lr), float(momentum), numel, block
     Geometry(numel, block).launch(_apply, payload, *arguments, HAS_M=momentum_buffer is not None)
+
+
+def sign_draw(x, key, out=None):
+    layout.check_input(x, Memory())
+    numel, whole = x.numel(), layout.single_block(x.numel())
+    out = layout.payload_for(out, layout.sign_bytes(numel, whole), x)
+    if numel:
+        scale, words = layout.split(out, 1)
+        largest, _, squares = moments(x, Memory(), MAX_COLUMNS)  # partial results, one a tile
+        norm = squares.sum().sqrt().clamp(max=SCALE_MAX)
+        scale.copy_(torch.where(largest.amax() < _INF_BITS, norm, torch.nan))
+        block = 1024  # of the launch only
+        key_words = words_of(key._replace(offset=2 * key.offset))
+        Geometry(numel, block).launch(_draw, x, x, x.stride(0), numel, block, scale, words, *key_words)
+    return out

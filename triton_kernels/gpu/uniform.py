@@ -9,8 +9,10 @@ import triton.language as tl
 from .. import layout
 from ..layout import SCALE_MAX, Memory
 from ..reference._memory import mean_in_rank_order
+from ..reference.uniform import grid
 from ._philox import KEY_ARGUMENTS, uniform16, words_of
 from ._tile import (
+    ELEMENTS,
     Geometry,
     compensate,
     descend,
@@ -141,6 +143,19 @@ def _apply(
     descend(param, m, index, inside, update, lr, momentum, HAS_M)
 
 
+@triton.jit(do_not_specialize=KEY_ARGUMENTS)
+def _round(
+    x, out, inverse, width, levels, numel, block, seed, tensor, first, step, rank, stream, tiles,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
+    counter = row[:, None] * (block // 8) + (tl.min(column, axis=0) // 8 + tl.arange(0, COLUMNS // 8))[None, :]
+    h = uniform16(counter, seed, tensor, first, step, rank, stream)
+    u = h.to(tl.float32) * 0.0000152587890625 + 0.00000762939453125  # (h + 1/2) / 65536, exact
+    z = tl.floor(load_x(x, 1, index, inside) * inverse + u)
+    tl.store(out + index, tl.minimum(tl.maximum(z, -levels), levels) * width, mask=inside)
+
+
 def _scales_of_long_blocks(x, memory, block, levels, scale):
     """What `_scale` computes, for blocks that no program holds whole."""
     largest, _, squares = moments(x, memory, block)
@@ -211,3 +226,10 @@ def uniform_apply(payload, param, bits, block, lr, momentum_buffer=None, momentu
     m = param if momentum_buffer is None else momentum_buffer
     arguments = scales, words, param.detach(), m.detach(), float(lr), float(momentum), numel, block
     Geometry(numel, block).launch(_apply, payload, *arguments, BITS=bits, HAS_M=momentum_buffer is not None)
+
+
+def uniform_round(x, bits, scale, key, out=None):
+    out = layout.check_round(x, bits, scale, out)
+    arguments = x.detach(), out.detach(), *grid(bits, scale), float(layout.uniform_levels(bits)), x.numel(), ELEMENTS
+    Geometry(x.numel(), ELEMENTS).launch(_round, x, *arguments, *words_of(key))
+    return out

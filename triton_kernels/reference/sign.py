@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from .. import layout
-from ..layout import Memory
+from ..layout import SCALE_MAX, Memory
+from ..philox import Key, signed32
 from ._memory import blocked, compensate, descend, mean_in_rank_order, per_element, remember, store
 from .pack import from_words, to_words
 
@@ -121,3 +122,31 @@ def sign_apply(
     numel = param.numel()
     layout.check_apply(payload, param, momentum_buffer)
     descend(param, sign_decode(payload, numel, block), lr, momentum_buffer, momentum)
+
+
+def sign_draw(x: torch.Tensor, key: Key, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Draws +1 with probability (1 + x_j / |x|) / 2, under the Euclidean norm |x| as the one scale of the vector.
+
+    Decoded, the mean over draws is x, and the sum of the variances (n - 1) |x|**2. Bit j is
+    ``x_j >= (w_j * 2**-31) * |x|`` in fp32, w_j from `philox.signed32`: sixteen random bits, which serve the other
+    codecs, would not resolve probabilities that differ from 1/2 by some 1 / sqrt(4 n). With NaN or Inf in x the scale
+    is NaN; it is `layout.SCALE_MAX` at most.
+    Safaryan, Richtarik, "Stochastic sign descent methods: new algorithms and better theory", ICML 2021.
+
+    Args:
+        x: fp32, fp16 or bf16 [n], any stride.
+        out: uint8 [4 + 4 * ceil(n / 32)] to write to, 4-byte aligned, or None.
+
+    Returns:
+        The payload ``[scale | bits]``, empty for n = 0; `sign_decode` with block ``layout.single_block(n)`` reads it.
+    """
+    layout.check_input(x, Memory())
+    numel, block = x.numel(), layout.single_block(x.numel())
+    out = layout.payload_for(out, layout.sign_bytes(numel, block), x)
+    scales, words = layout.split(out, layout.blocks(numel, block))
+    norm = x.double().square().sum().sqrt()
+    scale = torch.where(norm.isfinite(), norm.clamp(max=SCALE_MAX), torch.nan).to(torch.float32)
+    scales.fill_(scale)
+    thresholds = signed32(key, numel, x.device).to(torch.float32) * 2**-31 * scale
+    words.copy_(to_words(x.to(torch.float32) >= thresholds, 1))
+    return out

@@ -135,3 +135,27 @@ def uniform_apply(
     numel = param.numel()
     layout.check_apply(payload, param, momentum_buffer)
     descend(param, uniform_decode(payload, numel, bits, block), lr, momentum_buffer, momentum)
+
+
+def uniform_round(x: torch.Tensor, bits: int, scale: float, key: Key, out: torch.Tensor | None = None) -> torch.Tensor:
+    """``q = clip(floor(x * (L / scale) + u), -L, L) * (scale / L)``: stochastic rounding to a grid, nothing packed.
+
+    What `uniform_decode` makes of a payload of one block whose scale is ``scale``, for a number that stays where it is.
+
+    Args:
+        x: fp32 [n], contiguous, finite.
+        scale: at least max |x|, or q is clipped and biased; where L / scale overflows fp32 all of q is 0.
+        out: fp32 [n] to write to, x itself perhaps, or None.
+    """
+    out = layout.check_round(x, bits, scale, out)
+    inverse, step = grid(bits, scale)
+    levels = layout.uniform_levels(bits)
+    codes = torch.floor(x * inverse + uniform(key, x.numel(), x.device)).clamp(-levels, levels)
+    return out.copy_(codes * step)
+
+
+def grid(bits: int, scale: float) -> tuple[float, float]:
+    """``(L / scale, scale / L)``, rounded to fp32; zeros where the first overflows."""
+    numbers = torch.tensor([layout.uniform_levels(bits), scale], dtype=torch.float32)
+    inverse, step = (numbers / numbers.flip(0)).tolist()
+    return (inverse, step) if inverse < float("inf") else (0.0, 0.0)

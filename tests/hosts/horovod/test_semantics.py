@@ -133,6 +133,15 @@ def test_three_ranks(three: list[dict[str, Any]]) -> None:
     assert len(found) == 8 and all(found.values()), found
 
 
+def test_rings_and_tori_keep_the_ranks_identical(three: list[dict[str, Any]]) -> None:
+    found = same(three, "what_goes_hop_by_hop_stays_identical")
+    assert len(found) == 4 and all(found.values()), found
+
+
+def test_a_torus_that_the_ranks_do_not_fill_is_refused_when_the_optimizer_is_built(three: list[dict[str, Any]]) -> None:
+    assert "rows: 2 cannot be made of 3 ranks" in same(three, "a_torus_of_two_rows")
+
+
 def test_ranks_that_leave_early_join_a_sum_and_count_its_steps(three: list[dict[str, Any]]) -> None:
     assert same(three, "ranks_that_leave_early_join_a_sum") == [4]
 

@@ -7,6 +7,7 @@ import torch
 from checks import backward, check, distance, identical, net, optimizer, report
 
 from compression_plugins import Compression
+from compression_plugins.errors import UnsupportedError
 from compression_plugins.transports.horovod import HorovodTransport
 
 PAIR = hvd.ProcessSet([0, 2])
@@ -50,6 +51,23 @@ def three_ranks_equal_dense() -> float:
 def three_ranks_stay_identical() -> dict[str, bool]:
     names = ("scalecom", "marsit", "double_quantization", "powersgd", "signsgd", "ef_signsgd", "randomk", "fp8")
     return {name: identical(run(getattr(Compression, name)(min_numel=1))) for name in names}
+
+
+@check
+def what_goes_hop_by_hop_stays_identical() -> dict[str, bool]:
+    """Horovod has no point-to-point operation; the transport makes one of an all-to-all."""
+    noisy = {name: run(getattr(Compression, name)(min_numel=1), lr=1e-6) for name in ("ssdm", "cascading_ssdm")}
+    forms = {form: run(Compression.marsit(min_numel=1, flush_steps=2, form=form)) for form in ("ring", "torus")}
+    return {name: identical(model) for name, model in {**noisy, **forms}.items()}
+
+
+@check
+def a_torus_of_two_rows() -> str:
+    try:
+        optimizer(net(), Compression.marsit(min_numel=1, form="torus", rows=2))
+    except UnsupportedError as error:
+        return str(error)
+    return "accepted"
 
 
 @check

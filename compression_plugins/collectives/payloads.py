@@ -1,4 +1,4 @@
-"""All-to-all of shards, decode-average-encode at the owner, all-gather."""
+"""Exchanges of payloads: an all-gather, or in two stages with decode-average-encode at the owners of shards."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ def two_stage(codec: Codec, memory: Memory | None, call: Call, x: Tensor) -> Red
     bits.
 
     The owner of a shard averages in fp32 and encodes once more, so the codec should be unbiased or nearly exact.
-    When the host wants only its shard (`call.shards`), the second stage is left out: see `reduce_scatter`.
+    When the host wants only its shard (`call.shards`), the second stage is left out: see `reduce_scatter`. Between two
+    ranks an all-gather sends as much, in one round and rounded once.
     """
-    if call.shards is not None:
-        return (yield from reduce_scatter(codec, memory, call, x))
     size = call.transport.size
+    if call.shards is not None or size <= 2:
+        return (yield from gather(codec, memory, call, x))
     shards = even_shards(x.numel(), size, codec.block)
     inbox = yield from _to_owners(codec, memory, call, x, shards)
     own = shards[call.transport.rank]
@@ -37,6 +38,15 @@ def two_stage(codec: Codec, memory: Memory | None, call: Call, x: Tensor) -> Red
         if numel:
             codec.decode(payload[: codec.nbytes(numel)], numel, out=out)
     return x
+
+
+def gather(codec: Codec, memory: Memory | None, call: Call, x: Tensor) -> Reduction:
+    """Everyone decodes everyone's message: one rounding and exact error feedback, at (n-1)·b bits an element."""
+    if call.shards is not None:
+        return (yield from reduce_scatter(codec, memory, call, x))
+    payload = codec.encode(x, call.key, memory, call.residual() if memory else None)
+    payloads = yield call.transport.all_gather(payload)
+    return codec.average(payloads, x.numel(), x)
 
 
 def reduce_scatter(codec: Codec, memory: Memory | None, call: Call, x: Tensor) -> Reduction:

@@ -1,0 +1,198 @@
+"""Where plain error feedback fails and ScaleCom's filter does not: many workers, learning rate scaled with the batch.
+
+The recipe of the paper's large-batch runs: a worker always takes 32 samples, the learning rate grows in proportion to
+the number of workers and is warmed up, the number of epochs stays. `--quick` trains on the 4,000 digits of MNIST-5k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+
+from compression_plugins.config import Config
+from launch.document import COLOURS, Table
+from launch.task import Digits, batches, load_digits
+
+from .fashion import load_fashion
+from .simulated import Cluster
+from .study import Study, drawing, spread
+
+DESCRIPTION = "large batches with a scaled learning rate: plain error feedback against the filter, n = 8, 32, 64"
+NAME = "scalecom-large-batch"
+BATCH = 32
+RATIO = 100
+#: Shares of the run: learning rate rises from 0 (and then falls to 0 in a line), gradients travel dense.
+LR_WARMUP, DENSE_WARMUP = 0.2, 0.05
+#: A loss of 20 times that of guessing ends the run.
+DIVERGED = 20 * math.log(10)
+
+
+class Case(NamedTuple):
+    """One setting. `lr` is the peak; `betas` are the filters to try, 1 being plain error feedback."""
+
+    workers: int
+    lr: float
+    momentum: float
+    betas: tuple[float, ...]
+
+
+#: 0.1 is near the best of 0.05, 0.1, 0.2 and 0.4 for dense training at n = 64; the others follow by linear scaling.
+CASES = (
+    Case(8, 0.0125, 0.9, (1.0, 0.1)),
+    Case(32, 0.05, 0.9, (1.0, 0.3, 0.1)),
+    Case(64, 0.1, 0.9, (1.0, 0.3, 0.1)),
+    Case(64, 0.5, 0.0, (1.0, 0.1)),
+)
+QUICK = (Case(4, 0.0125, 0.9, (1.0,)), Case(32, 0.1, 0.9, (1.0, 0.1)))
+
+
+@dataclass
+class Run:
+    """One training. `beta` None is dense; a run that diverged has neither accuracy nor loss.
+
+    Attributes:
+        accuracy: of the test images, in per cent.
+        loss: mean training loss of the last twentieth of the steps, in nats.
+        diverged: the step at which it did, or None.
+        curve: training loss of every step, the mean over workers.
+    """
+
+    case: Case
+    beta: float | None
+    seed: int
+    steps: int
+    accuracy: float | None = None
+    loss: float | None = None
+    diverged: int | None = None
+    curve: list[float] = field(default_factory=list)
+
+
+def run(out: Path, quick: bool) -> str:
+    cases, seeds, epochs = (QUICK, 1, 10) if quick else (CASES, 3, 6)
+    data = load_digits() if quick else load_fashion()
+    jobs = [(case, beta, seed) for case in cases for beta in (None, *case.betas) for seed in range(seeds)]
+    runs = []
+    with Study(NAME, out, total=len(jobs)) as study:
+        for case, beta, seed in jobs:
+            runs.append(train(case, beta, seed, data, epochs))
+            study.record(f"n = {case.workers}, {method(beta)}, seed {seed}", **case._asdict(), **asdict(runs[-1]))
+        rows = [[r for r in runs if (r.case, r.beta) == (c, beta)] for c in cases for beta in (None, *c.betas)]
+        notes = [
+            f"784-128-10 perceptron, {BATCH} samples a worker, {epochs} epochs, 1 value in {RATIO} kept, {seeds} seed(s); "
+            f"learning rate: up in a line over the first {LR_WARMUP:.0%} of the steps, then down to 0; the first "
+            f"{DENSE_WARMUP:.0%} are sent dense. Loss is that of training, over the last twentieth of the steps.",
+            f"Diverged: a loss above {DIVERGED:.0f} or not finite ends the run.",
+        ]
+        return study.finish(
+            "ScaleCom at large batches", [_table(rows)], _picture(cases, runs, epochs), notes, _headline(rows, cases)
+        )
+
+
+def train(case: Case, beta: float | None, seed: int, data: tuple[Digits, Digits], epochs: int) -> Run:
+    """One run. Dense needs no gradient of each worker: it is one worker with the batch of all."""
+    workers = 1 if beta is None else case.workers
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
+    steps = epochs * (len(data[0].labels) // (BATCH * case.workers))
+    document: dict[str, Any] = {"scheme": "none"}
+    if beta is not None:
+        document = {"scheme": "scalecom", "ratio": RATIO, "beta": beta, "warmup_steps": int(DENSE_WARMUP * steps)}
+    optimizer = torch.optim.SGD(model.parameters(), case.lr, momentum=case.momentum)
+    rise = LR_WARMUP * steps
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min((t + 1) / rise, (steps - t) / (steps - rise)))
+    cluster = Cluster(model, optimizer, Config.load(document), workers)
+    result = Run(case, beta, seed, steps)
+    source: Iterator[Digits] = batches(data[0], BATCH * case.workers, 0, 1, seed)
+    for step in range(steps):
+        batch = next(source)
+        gradients, losses = _gradients(cluster, *(part.unflatten(0, (workers, -1)) for part in batch))
+        result.curve.append(float(losses.mean()))
+        if not result.curve[-1] <= DIVERGED:
+            result.diverged = step
+            return result
+        cluster.apply(gradients)
+        schedule.step()
+    with torch.no_grad():
+        guesses = model(data[1].images).argmax(1)
+    result.accuracy = 100 * float((guesses == data[1].labels).float().mean())
+    result.loss = mean(result.curve[-max(1, steps // 20) :])
+    return result
+
+
+def method(beta: float | None) -> str:
+    if beta is None:
+        return "dense"
+    return "plain error feedback" if beta == 1 else f"filter, β = {beta:g}"
+
+
+def _gradients(cluster: Cluster, images: Tensor, labels: Tensor) -> tuple[list[list[Tensor]], Tensor]:
+    """`gradients[rank][bucket]` for `Cluster.apply` and each worker's loss, in one pass over [workers, batch, 784]."""
+
+    def loss(parameters: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(functional_call(cluster.model, parameters, (images,)), labels)
+
+    parameters = {name: p.detach() for name, p in cluster.parameters.items()}
+    gradients, losses = vmap(grad_and_value(loss), in_dims=(None, 0, 0))(parameters, images, labels)
+    buckets = [torch.cat([gradients[s.name].flatten(1) for s in b.segments], dim=1) for b in cluster.plan.buckets]
+    return [list(flats) for flats in zip(*(bucket.unbind() for bucket in buckets))], losses
+
+
+def _table(rows: Sequence[Sequence[Run]]) -> Table:
+    headers = ["method", "workers", "batch", "momentum", "lr", "test accuracy, %", "training loss", "diverged"]
+    cells = []
+    for runs in rows:
+        first, ended = runs[0], [r for r in runs if r.diverged is None]
+        cells.append(
+            [
+                method(first.beta),
+                str(first.case.workers),
+                str(first.case.workers * BATCH),
+                f"{first.case.momentum:g}",
+                f"{first.case.lr:g}",
+                spread([r.accuracy for r in ended], 1),
+                spread([r.loss for r in ended], 3),
+                f"{len(runs) - len(ended)} of {len(runs)}",
+            ]
+        )
+    return Table(headers, cells)
+
+
+def _picture(cases: Sequence[Case], runs: Sequence[Run], epochs: int) -> Any:
+    """Training loss against epochs: a panel a case, a line a seed, a cross where it diverged."""
+    figure, panels = drawing(len(cases), width=3.3 * len(cases), height=3.6)
+    betas = sorted({beta for case in cases for beta in case.betas}, reverse=True)
+    colours = dict(zip([None, *betas], COLOURS))
+    for panel, case in zip(panels, cases):
+        for each in (r for r in runs if r.case == case):
+            width = max(1, each.steps // 50)
+            points = [mean(each.curve[i : i + width]) for i in range(0, len(each.curve), width)]
+            at = [epochs * min(width * (i + 1), len(each.curve)) / each.steps for i in range(len(points))]
+            label = method(each.beta) if each.seed == 0 else None
+            panel.plot(at, points, color=colours[each.beta], linewidth=1.2, alpha=0.8, label=label)
+            if each.diverged is not None:
+                panel.plot(at[-1:], points[-1:], "x", color=colours[each.beta])
+        panel.set(title=f"n = {case.workers}, lr {case.lr:g}, momentum {case.momentum:g}", xlabel="epochs", yscale="log")
+    panels[0].set_ylabel("training loss")
+    max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[1])).legend(frameon=False)
+    return figure
+
+
+def _headline(rows: Sequence[Sequence[Run]], cases: Sequence[Case]) -> str:
+    parts = []
+    for case in cases:
+        results = []
+        for runs in (row for row in rows if row[0].case == case):
+            failed = sum(r.diverged is not None for r in runs)
+            figure = spread([r.accuracy for r in runs], 1) + " %"
+            results.append(f"{method(runs[0].beta)} {f'diverged {failed} of {len(runs)}' if failed else figure}")
+        parts.append(f"n = {case.workers}, momentum {case.momentum:g}: {', '.join(results)}")
+    return "test accuracy: " + "; ".join(parts)
