@@ -43,7 +43,7 @@ class Settings:
     """What all runs of a demonstration share."""
 
     ranks: int = 2
-    steps: int = 140
+    steps: int = 120
     width: int = 2048
     evaluate_every: int = 10
     batch: int = 32

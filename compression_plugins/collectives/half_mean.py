@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
+from ..codecs import Cast
 from ..memories import ERROR_FEEDBACK, Memory
 from .payloads import even_shards, gather
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..codecs import Cast
     from ..schemes.base import Call, Phases
 
 Half = Literal["fp16", "bf16"]
-_BLOCK = 32  # shards are cut at multiples of it; the 16-bit casts have no blocks themselves
+_WORD = 2  # values in a 4-byte word, at which shards are cut
 
 
 def half_mean(call: Call, values: Tensor, kind: Half) -> Phases[tuple[Tensor, Tensor]]:
@@ -33,12 +33,12 @@ def half_mean(call: Call, values: Tensor, kind: Half) -> Phases[tuple[Tensor, Te
     """
     import torch
 
-    codec, size, rank = _codec(kind), call.transport.size, call.transport.rank
+    codec, size, rank = Cast(kind), call.transport.size, call.transport.rank
     limit = torch.finfo(torch.float16 if kind == "fp16" else torch.bfloat16).max
     sendable = values.clamp(-limit, limit)
     lost = values.sub_(sendable).nan_to_num_(0.0)
 
-    shards = even_shards(values.numel(), size, codec.block) if size > 2 else None
+    shards = even_shards(values.numel(), size, _WORD) if size > 2 else None
     outward = replace(call, shards=shards, residual=lambda: lost)
     mean = yield from gather(codec, Memory(alpha=0.0), outward, sendable)
     if shards is None:
@@ -59,14 +59,8 @@ def half_mean(call: Call, values: Tensor, kind: Half) -> Phases[tuple[Tensor, Te
 
 def half_mean_bits(numel: int, size: int, kind: Half) -> float:
     """Bits that each of `size` ranks sends for the mean of `numel` values, the mean over ranks."""
-    codec = _codec(kind)
+    codec = Cast(kind)
     if size <= 2:
         return (size - 1) * codec.payload_bits(numel)
-    payloads = [codec.payload_bits(shard) for shard in even_shards(numel, size, codec.block)]
+    payloads = [codec.payload_bits(shard) for shard in even_shards(numel, size, _WORD)]
     return sum(payloads) * (size - 1) / size + (size - 1) * max(payloads)
-
-
-def _codec(kind: Half) -> Cast:
-    from ..codecs import Cast
-
-    return Cast(kind, _BLOCK)

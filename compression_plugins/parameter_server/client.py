@@ -76,21 +76,19 @@ class _Connection:
             raise handshake.AuthenticationError("the server does not know the token")
 
     def serve(self) -> str:
-        """Receive, handle, answer."""
-        spent = self._worker.seconds.spent
-        while True:
-            with spent("waiting"):
-                message = self._receive()
-            if message.kind is Kind.STOP:
-                text = messages.read_text(message)
-                if message.bits:
-                    raise CompressionError(f"the parameter server stopped: {text}")
-                return text
+        """Receive, handle, answer. What the first message is waited for is not counted: the run has not begun then."""
+        message = self._receive()
+        while message.kind is not Kind.STOP:
             answer = self._worker.handle(message)
-            if answer is not None:
-                with spent("waiting"):
+            with self._worker.seconds.spent("waiting"):
+                if answer is not None:
                     self._sock.sendall(answer.header())
                     self._sock.sendall(answer.payload.numpy().data)
+                message = self._receive()
+        text = messages.read_text(message)
+        if message.bits:
+            raise CompressionError(f"the parameter server stopped: {text}")
+        return text
 
     def _receive(self) -> Message:
         problem, workers = self._worker.problem, self._worker.options.workers

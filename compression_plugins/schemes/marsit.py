@@ -176,7 +176,7 @@ class Marsit(Scheme):
         parts = [padded[rank * length : (rank + 1) * length] for rank in range(size)]
 
         def merge(received: Tensor, own: Tensor, a: int, b: int) -> Tensor:
-            return K.bit_merge(received, own, a, b, call.key._replace(stream=call.key.stream + _MERGES * a))
+            return self._join(received, own, a, b, call.key._replace(stream=call.key.stream + _MERGES * a))
 
         if self.form == "ring":
             parts = yield from ring_fold(transport, parts, merge)
@@ -184,6 +184,10 @@ class Marsit(Scheme):
             rows = square_rows(size) if self.rows == "auto" else self.rows
             parts = yield from torus_fold(transport, parts, rows, merge)
         return torch.cat(parts)[: len(bits)], unhealthy[0] == 0
+
+    def _join(self, received: Tensor, own: Tensor, a: int, b: int, key: K.Key) -> Tensor:
+        """Bits of `a` ranks and of `b`: where they differ, the received ones win with probability a / (a + b)."""
+        return K.bit_merge(received, own, a, b, key)
 
 
 #: Key -> (the key, its value) under which it means something.

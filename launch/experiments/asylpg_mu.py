@@ -37,7 +37,9 @@ def run(out: Path, quick: bool) -> str:
                 result = measure("asylpg", seed, problem, best, target, epochs, mu=mu)
                 runs[mu].append(result)
                 settings = {**SETTINGS, "mu": mu}
-                study.record(f"mu {mu:g}, seed {seed}", target=target, optimum=best, settings=settings, **asdict(result))
+                study.record(
+                    f"mu {mu:g}, seed {seed}", target=target, optimum=best, settings=settings, **asdict(result)
+                )
         notes = [
             f"Problem and settings of asylpg-bits; target P - P* <= {target:g}, P* = {best:.6f}; mean ± standard "
             f"deviation over {seeds} seeds. A dash: not every seed reached the target."

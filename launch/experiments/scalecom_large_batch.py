@@ -180,7 +180,9 @@ def _picture(cases: Sequence[Case], runs: Sequence[Run], epochs: int) -> Any:
             panel.plot(at, points, color=colours[each.beta], linewidth=1.2, alpha=0.8, label=label)
             if each.diverged is not None:
                 panel.plot(at[-1:], points[-1:], "x", color=colours[each.beta])
-        panel.set(title=f"n = {case.workers}, lr {case.lr:g}, momentum {case.momentum:g}", xlabel="epochs", yscale="log")
+        panel.set(
+            title=f"n = {case.workers}, lr {case.lr:g}, momentum {case.momentum:g}", xlabel="epochs", yscale="log"
+        )
     panels[0].set_ylabel("training loss")
     max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[1])).legend(frameon=False)
     return figure

@@ -36,11 +36,12 @@ _LIMIT_S = 240
 
 def run(out: Path, quick: bool) -> str:
     """Measure; write records, picture, table and page; return the headline."""
-    hosts, sizes = ((4,), (2, 4, 8)) if quick else ((2, 4, 8), (2, 4, 8, 16, 32, 64, 128))
+    sizes = [2, 4, 8] if quick else [2, 4, 8, 16, 32, 64, 128]
+    hosts = [4] if quick else [2, 4, 8]
     missing = netlab.available()
     if missing:
         print(f"bytes from the interface are not measured: {missing}")
-        hosts = ()
+        hosts = []
     with Study("scalecom-volume", out, len(SCHEMES) * (len(sizes) + len(hosts))) as study:
         payload: dict[str, dict[int, float]] = {name: {} for name in SCHEMES}
         places: dict[str, dict[int, float]] = {name: {} for name in SCHEMES}
@@ -61,7 +62,7 @@ def run(out: Path, quick: bool) -> str:
 
 
 def simulate(name: str, size: int) -> tuple[float, float]:
-    """All ranks in this process: payload bits a value that one sends at a step, and changed places of the update over k."""
+    """All ranks in this process: payload bits a value that one sends at a step, and places of the update over k."""
     config = Config.load(SCHEMES[name])
     whole = bucket(config, LOCAL)
     reducers = [Reducer(config, transport) for transport in LocalWorld(size).transports]
@@ -130,8 +131,8 @@ def _picture(payload: dict[str, dict[int, float]], interface: dict[str, dict[int
 def _notes(missing: str | None, quick: bool) -> list[str]:
     wire = WIRE_QUICK if quick else WIRE
     notes = [
-        f"One value in {RATIO} is kept. Sizes do not depend on the values, which are Gaussian, half of the variance shared "
-        "by all ranks. Means over ranks; in a ring a rank receives as much as it sends.",
+        f"One value in {RATIO} is kept. Sizes do not depend on the values, which are Gaussian, half of the variance "
+        "shared by all ranks. Means over ranks; in a ring a rank receives as much as it sends.",
         "places / k: coordinates that the update changes. Top-k's grow with n: the build-up of the paper.",
     ]
     if missing:

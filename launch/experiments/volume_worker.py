@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from compression_plugins.transports.torch_distributed import TorchDistributed
 
 RATIO = 100
 #: What is compared. Top-k is the same sparsification, each rank choosing for itself.
-SCHEMES = {
+SCHEMES: dict[str, dict[str, Any]] = {
     "none": {"scheme": "none"},
     "topk": {"scheme": "topk", "ratio": float(RATIO)},
     "scalecom": {"scheme": "scalecom", "ratio": RATIO},

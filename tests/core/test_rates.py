@@ -119,6 +119,15 @@ def test_the_command_prints_rules_and_refuses_in_one_line(tmp_path: Path) -> Non
         assert (done.returncode, done.stderr.count("\n")) == (2, 1) and message in done.stderr
 
 
+def test_the_page_shows_what_the_command_prints(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/methods/scalecom.md").read_text(encoding="utf-8")
+    (tmp_path / "net.py").write_text(page.split("```python\n")[1].split("```")[0])
+    assert "compression-plugins rates net:example" in page
+    command = [sys.executable, "-m", "compression_plugins", "rates", "net:example"]
+    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert printed.partition("\n")[2] in page
+
+
 # --- the paper's whole-model rates, from its layers: (weights, output positions), the first convolution first
 
 

@@ -79,6 +79,13 @@ def test_vote_apply_stats_and_pack(numel):
         checks.check_pack("triton", min(numel, 3001), width)
 
 
+@pytest.mark.parametrize("dtype, stride", checks.INPUTS)
+@pytest.mark.parametrize("numel", LENGTHS)
+def test_draw(dtype, stride, numel):
+    checks.check_draw("triton", numel, dtype, stride)
+    checks.check_draw("triton", numel, dtype, stride, spoil=True)
+
+
 def test_indices_beyond_two_to_the_31():
     """The last block of a 2**31 + 512 element vector is encoded from its own elements, with its own random numbers."""
     free, _ = torch.cuda.mem_get_info()

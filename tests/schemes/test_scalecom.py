@@ -156,7 +156,7 @@ def test_half_precision_halves_the_values_whatever_the_number_of_ranks() -> None
         whole, half = (config("scalecom", values=v).scheme.wire_bits(segments, size) for v in ("fp32", "bf16"))
         k, places = -(-(2**20) // 10), 4 * (size - 1) / size
         assert whole / k == pytest.approx(64 * (size - 1) / size + places, rel=1e-3)
-        assert half / k == pytest.approx(32 * (size - 1) / size + places, rel=1e-2)
+        assert half / k == pytest.approx(32 * (size - 1) / size + places, rel=1e-3)
 
 
 # --- values in 16 bits

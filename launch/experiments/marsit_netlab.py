@@ -1,0 +1,133 @@
+"""Time to target accuracy: real `horovodrun` jobs, one network namespace a rank, on links of 1 Gb/s."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compression_plugins.errors import CompressionError
+from launch.demo import ROOT, Settings, config_of
+from launch.document import COLOURS, Table
+from launch.jobs import JobError
+from launch.netlab import NetLab, NetLabError
+from launch.results import Result, read_run
+
+RATE = "1gbit"
+_LIMIT_S = 240
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is put on the command lines of `horovodrun` and of the script."""
+
+    scheme: str
+    lr: float = 0.2
+    keys: tuple[str, ...] = ()
+
+    @property
+    def flags(self) -> list[str]:
+        """None for `none`: stock Horovod, with its own fusion and overlap, is the baseline."""
+        if self.scheme == "none":
+            return []
+        changes = [word for key in self.keys for word in ("--compression-set", key)]
+        return ["--compression", config_of(self.scheme), *changes]
+
+
+#: Methods of sign descent have a rate of their own, the best of 1e-4, 2e-4 and 5e-4 for `signsgd`.
+METHODS = {
+    "none": Method("none"),
+    "bf16": Method("bf16"),
+    "marsit": Method("marsit"),
+    "marsit, ring": Method("marsit", keys=("form=ring",)),
+    "signsgd": Method("signsgd", 2e-4),
+    "ef_signsgd": Method("ef_signsgd"),
+    "ssdm": Method("ssdm", 1e-4),
+    "cascading_ssdm": Method("cascading_ssdm", 1e-4),
+}
+#: The demonstration's network and data.
+FULL = Settings(steps=80, evaluate_every=5, target=0.89)
+QUICK = Settings(steps=20, width=256, evaluate_every=5, target=0.6)
+QUICK_METHODS = ("none", "marsit")
+
+
+def measure(out: Path, ranks: int, settings: Settings, methods: tuple[str, ...]) -> Iterator[tuple[str, Result]]:
+    """Run the methods one after the other.
+
+    Raises:
+        CompressionError: the network could not be built or a job failed; the message holds the end of its output.
+    """
+    try:
+        with NetLab(ranks, RATE) as lab:
+            for name in methods:
+                folder = out / "runs" / f"{ranks}-{name.replace(', ', '-')}"
+                folder.mkdir(parents=True, exist_ok=True)
+                for old in folder.iterdir():
+                    old.unlink()
+                method = METHODS[name]
+                script = [sys.executable, "-m", "launch.train", "--batch", str(settings.batch), "--lr", str(method.lr)]
+                command = [*script, *settings.script_arguments(folder.resolve(), lab.interface, seed=0)]
+                environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+                lab.horovod(command, method.flags, environment, folder / "log.txt").wait(_LIMIT_S)
+                yield name, read_run(folder, "horovod", name)
+    except (JobError, NetLabError) as error:
+        raise CompressionError(f"netlab of {ranks} hosts: {error}") from None
+
+
+def table(found: dict[int, dict[str, Result]], target: float, missing: str | None) -> Table:
+    """One row a method and number of ranks; without root one row that says so."""
+    headers = ["n", "method", "accuracy, %", f"s to {100 * target:g} %", "less than none", "ms a step", "of it computing"]
+    headers += ["exposed", "MB sent a step"]
+    if missing:
+        return Table(headers, [["2, 4", f"not measured: {missing}", *["–"] * 7]], left=2)
+    rows = []
+    for ranks, results in found.items():
+        for name, result in results.items():
+            seconds, saved = result.reached(target), saving(results, name, target)
+            rows.append(
+                [
+                    str(ranks),
+                    name,
+                    f"{100 * result.accuracy:.1f}",
+                    f"{seconds:.1f}" if seconds else "not reached",
+                    f"{100 * saved:.0f} %" if saved is not None and name != "none" else "–",
+                    *(f"{1e3 * s:.0f}" for s in (result.step_s, result.compute_s, result.exposed_s)),
+                    f"{result.sent_bytes / 1e6:.3g}",
+                ]
+            )
+    return Table(headers, rows, left=2)
+
+
+def saving(results: dict[str, Result], name: str, target: float) -> float | None:
+    """Share of the dense time to target that `name` saves; None where one of them did not get there."""
+    dense, mine = results["none"].reached(target), results[name].reached(target)
+    return 1 - mine / dense if dense and mine else None
+
+
+def draw(axes: Any, results: dict[str, Result], ranks: int, target: float) -> None:
+    """Accuracy against training seconds."""
+    for name, colour in zip(METHODS, COLOURS):
+        if name in results:
+            points = results[name].points
+            axes.plot([p.seconds for p in points], [100 * p.accuracy for p in points], color=colour, label=name)
+    axes.axhline(100 * target, color="#999999", linewidth=0.8, linestyle=":")
+    axes.set(xlabel=f"training time at 1 Gb/s, {ranks} ranks, s", ylabel="test accuracy, %", xlim=(0, None))
+    axes.set_ylim(100 * target - 25, 100 * target + 4)
+    axes.legend(fontsize=7, loc="lower right")
+
+
+def notes(settings: Settings, found: dict[int, dict[str, Result]], missing: str | None) -> list[str]:
+    if missing:
+        return [f"Time to target was not measured: {missing}."]
+    return [
+        f"Time to target: MNIST-5k, perceptron of width {settings.width}, {settings.batch} images a rank, "
+        f"{settings.steps} steps of SGD (momentum 0.5, cosine decay, learning rate 0.2; {METHODS['signsgd'].lr:g} for "
+        f"signsgd, {METHODS['ssdm'].lr:g} for both SSDM), Marsit with a flush every 20 steps, for the job is short. "
+        "horovodrun, Gloo, one rank a network namespace, 1 Gb/s each way. One run, seed 0: seconds until two evaluations "
+        f"in a row, every {settings.evaluate_every} steps, are at {100 * settings.target:g} %; evaluations do not count.",
+        "This machine has 2 cores: 4 ranks share them, so that all methods compute slower at n = 4, dense too. ms of "
+        "computing: the same step without communication; exposed: the rest, encoding and decoding included.",
+        "Horovod carries every method: none is refused. Hops of a ring become all-to-alls, each a cycle of its loop.",
+    ]
