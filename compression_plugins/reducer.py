@@ -111,6 +111,7 @@ class Reducer:
             transport=self.transport.scoped(f"{bucket.id:08x}"),
             key=key,
             step=self.step,
+            compressed_step=self.step - self.config.warmup_steps,
             segments=bucket.segments,
             shards=shards,
             residual=lambda: self.state.residual(bucket),

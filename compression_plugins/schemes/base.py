@@ -41,6 +41,7 @@ class Call:
         transport: the ranks that take part; its operations are named after this bucket.
         key: random key of (seed, bucket, step, rank); `stream` separates draws within the call.
         step: optimizer steps done before this one, the same on every rank and after a resume.
+        compressed_step: the same without the dense steps of the warm-up.
         segments: the tensors in the bucket, in order.
         shards: None for an all-reduce; for a reduce-scatter the number of elements that each rank owns, in rank order.
         residual: fp32 [numel], this rank's memory of the bucket; zeros at first. Only for a scheme that has a memory.
@@ -51,6 +52,7 @@ class Call:
     transport: Transport
     key: Key
     step: int
+    compressed_step: int
     segments: Sequence[Segment]
     shards: Sequence[int] | None
     residual: Callable[[], Tensor]

@@ -103,7 +103,7 @@ class Marsit(Scheme):
             return (yield from dense_sum(call, x))
         residual = call.residual()
         etas = [call.state("eta", segment.name, lambda: self._first_eta(x)) for segment in call.segments]
-        if call.step % self.flush_steps == 0:
+        if call.compressed_step % self.flush_steps == 0:  # so the first one, which `eta_s: auto` needs
             return (yield from self._flush(x, residual, etas, call))
         vote = self._one_hot if self.form == "one_hot" else self._hop_by_hop
         bits, healthy = yield from vote(zero_unless(healthy, x), residual, healthy, call)

@@ -101,7 +101,7 @@ def run(out: Path, quick: bool) -> str:
             f"Softmax regression with l2 = {L2:g} on MNIST-5k, {problem.numel:,} weights, P* = {best:.6f}; target "
             f"P - P* <= {target:g}; {SETTINGS['workers']} workers, delays up to {SETTINGS['tau']}, gradients of "
             f"{SETTINGS['bits']} bits, mu = {SETTINGS['mu']:g}; mean ± standard deviation over {seeds} seeds.",
-            "Bits are those of all messages in both directions, scales included; the exact snapshots (fp32 down and up, "
+            "Bits are those of all messages in both directions, scales included; exact snapshots (fp32 down and up, "
             "once an epoch and worker) are in the first two columns and not in the third.",
         ]
         title = "AsyLPG and its family: distance to the optimum against bits sent and received"

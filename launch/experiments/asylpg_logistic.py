@@ -26,7 +26,10 @@ from .study import Study, drawing, spread
 DESCRIPTION = "logistic regression, loss against bits and modelled time, six algorithms, a real and a synthetic set"
 SETTINGS = {"workers": 4, "tau": 8, "batch_size": 20, "inner_steps": 250, "bits": 8, "mu": 0.5, "epochs": 15}
 #: Beside the six: AsyLPG with gradients of half the width.
-VARIANTS = {**{method: {"method": method} for method in METHODS}, "asylpg, b = 4": {"method": "asylpg", "bits": 4}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{method: {"method": method} for method in METHODS},
+    "asylpg, b = 4": {"method": "asylpg", "bits": 4},
+}
 RATE = 100e6
 EVERY = 25
 L1 = 2e-4
@@ -168,11 +171,11 @@ def _notes(cases: Sequence[Case], target: float, seeds: int) -> list[str]:
         f"Target P - P* <= {target:g}; {SETTINGS['workers']} workers, tau = {SETTINGS['tau']}, batches of "
         f"{SETTINGS['batch_size']}, {SETTINGS['inner_steps']} updates an epoch, gradients of {SETTINGS['bits']} bits, "
         f"mu = {SETTINGS['mu']:g}; digits: lr = {digits.lr:g}, l2 = {digits.l2:g}; look-alike: lr = {synthetic.lr:g}, "
-        f"l2 = {synthetic.l2:g}; mean ± standard deviation over {seeds} seeds. A dash: not every seed reached the target.",
+        f"l2 = {synthetic.l2:g}; mean ± standard deviation over {seeds} seeds. A dash: not every seed reached it.",
         f"The look-alike is synthetic: {rows:,} rows (real-sim: 72,309), {features:,} features as real-sim, "
         f"{density(synthetic.task):.2%} non-zero, rows of unit norm.",
-        f"Time is modelled: ports of {RATE / 1e6:g} Mb/s each way, the server's shared by all workers, {1e6 * LATENCY_S:g} "
-        "µs of latency, and constants for computing and coding that were measured here. asylpg-netlab measures.",
+        f"Time is modelled: ports of {RATE / 1e6:g} Mb/s each way, the server's shared by all workers, "
+        f"{1e6 * LATENCY_S:g} µs of latency, and constants for computing and coding that were measured here.",
     ]
 
 

@@ -104,8 +104,8 @@ def _to_target(record: Mapping[str, Any]) -> float | None:
 
 
 def _table(rate: str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
-    headers = [RATES[rate], "s in all", "faster than asyfpg", *(f"{part}, s" for part in PARTS), f"s to loss {TARGET:g}",
-               "MB by the paper's count", "MB with headers", "MB on the interface"]  # fmt: skip
+    headers = [RATES[rate], "s in all", "faster than asyfpg", *(f"{part}, s" for part in PARTS)]
+    headers += [f"s to loss {TARGET:g}", "MB by the paper's count", "MB with headers", "MB on the interface"]
     rows = [
         [
             method,
@@ -133,9 +133,9 @@ def _notes(settings: Mapping[str, Any], seeds: int) -> list[str]:
         f"each; {settings['epochs']} epochs of {settings['inner_steps']} updates in every run, batches of "
         f"{settings['batch_size']}, lr = {settings['lr']:g}, tau = {settings['tau']}, gradients of {settings['bits']} "
         f"bits, mu = {settings['mu']:g}; mean ± standard deviation over {seeds} seeds.",
-        "Seconds are a worker's, mean of the workers: computing is gradients, sums and updates; coding is from vectors to "
-        "messages and back, on both sides; the rest is transmission, queueing behind the other worker, and waiting for it "
-        "at snapshots. All processes share the cores of this machine.",
+        "Seconds are a worker's, mean of the workers: computing is gradients, sums and updates; coding is from vectors "
+        "to messages and back, on both sides; the rest is transmission, queueing behind the other worker, and waiting "
+        "for it at snapshots. All processes share the cores of this machine.",
         "The interface's counter is the server's, both directions, TCP/IP and Ethernet headers included. A dash: not "
         f"every seed reached loss {TARGET:g} at a snapshot.",
     ]
@@ -157,7 +157,7 @@ def _picture(runs: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> A
             heights = [mean(one["parts"][part] for one in each) for each in methods.values()]
             bars.bar(list(methods), heights, bottom=bottom, color=colour, label=part)
             bottom = [a + b for a, b in zip(bottom, heights)]
-        bars.set(ylabel="seconds", title=f"{RATES[rate]}: where the time goes")
+        bars.set(ylabel="seconds", title=f"{RATES[rate]}: where the time goes", ylim=(0, 1.3 * max(bottom)))
         bars.tick_params(axis="x", rotation=25)
         bars.grid(visible=False, axis="x")
         bars.legend(frameon=False)

