@@ -97,6 +97,8 @@ def _decoders(x: torch.Tensor, param: torch.Tensor, key: K.Key) -> Iterator[Case
         yield Case("uniform_decode", f"{width} bit", dense + payload.nbytes, (payload, numel, width, BLOCK), into)
     arguments: tuple = (payload.repeat(RANKS, 1), numel, width, BLOCK, key)
     yield Case("uniform_reduce", f"{width} bit, {RANKS} ranks", (RANKS + 1) * payload.nbytes, arguments)
+    into_mean = RANKS * payload.nbytes + dense
+    yield Case("uniform_average", f"{width} bit, {RANKS} ranks", into_mean, (arguments[0], numel, width, BLOCK), into)
     yield Case("uniform_apply", f"{width} bit, SGD", 2 * dense + payload.nbytes, (payload, param, width, BLOCK, 1e-3))
     yield Case("uniform_round", "8 bit", 2 * dense, (x, 8, 4.0, key), into)
     for kind in ("bf16", "fp8"):

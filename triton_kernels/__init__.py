@@ -28,7 +28,14 @@ if TYPE_CHECKING:  # the names below are made on first use; this is how editors 
     from .reference.scatter import scatter_add
     from .reference.sign import sign_apply, sign_decode, sign_draw, sign_encode, sign_reduce, sign_vote
     from .reference.stats import stats
-    from .reference.uniform import uniform_apply, uniform_decode, uniform_encode, uniform_reduce, uniform_round
+    from .reference.uniform import (
+        uniform_apply,
+        uniform_average,
+        uniform_decode,
+        uniform_encode,
+        uniform_reduce,
+        uniform_round,
+    )
 
 __all__ = [
     "Key",
@@ -53,6 +60,7 @@ __all__ = [
     "stats",
     "uniform16",
     "uniform_apply",
+    "uniform_average",
     "uniform_decode",
     "uniform_encode",
     "uniform_reduce",

@@ -22,7 +22,14 @@ ENVIRONMENT = "COMPRESSION_PLUGINS_KERNELS"
 TABLE: dict[str, tuple[str, ...]] = {
     "stats": ("stats",),
     "sign": ("sign_encode", "sign_decode", "sign_reduce", "sign_vote", "sign_apply", "sign_draw"),
-    "uniform": ("uniform_encode", "uniform_decode", "uniform_reduce", "uniform_apply", "uniform_round"),
+    "uniform": (
+        "uniform_encode",
+        "uniform_decode",
+        "uniform_reduce",
+        "uniform_average",
+        "uniform_apply",
+        "uniform_round",
+    ),
     "pack": ("pack_bits", "unpack_bits"),
     "cast": ("cast_encode", "cast_decode", "cast_reduce"),
     "chunk": ("chunk_select", "chunk_gather"),

@@ -54,3 +54,6 @@ class Uniform(Codec):
 
     def reduce(self, payloads: Tensor, numel: int, key: Key) -> Tensor:
         return K.uniform_reduce(payloads, numel, self.bits, self.block, key, self.scale, self.rounding)
+
+    def average(self, payloads: Tensor, numel: int, out: Tensor) -> Tensor:
+        return K.uniform_average(payloads, numel, self.bits, self.block, out=out) if numel else out

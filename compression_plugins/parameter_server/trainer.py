@@ -50,10 +50,11 @@ class AsyncTrainer:
         device: where workers compute; "cuda" shares the visible GPUs out among them.
 
     With worker processes, model, data set, loss_fn and forward are sent to them by pickle when they start, so functions
-    must be importable ones, and a script needs the usual `if __name__ == "__main__":`.
+    must be importable ones, and a script needs the usual `if __name__ == "__main__":`. A worker that dies is started
+    again, `restarts` times at most, while the others go on.
 
     Attributes:
-        server: of the last `fit`: `delays`, `traffic`, `arrivals`.
+        server: of the last `fit`: `delays`, `traffic`, `seconds`, `arrivals`.
     """
 
     def __init__(

@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from launch import netlab
 from launch.document import COLOURS, Table
 from launch.results import Result
 
@@ -47,7 +46,7 @@ TUNING_SEED = 100
 
 def run(out: Path, quick: bool) -> str:
     """Measure; write records, picture, table and page; return the headline."""
-    missing = netlab.available()
+    missing = lab.missing()
     if missing:
         print(f"TIME TO TARGET IS NOT MEASURED: {missing}")
     ranks = () if missing else (2,) if quick else (2, 4)
@@ -88,7 +87,7 @@ def run(out: Path, quick: bool) -> str:
         if directions:
             tables.append(_directions_table(trained("directions", directions)))
         tables.append(lab.table(found, settings.target, missing))
-        notes = [*_notes(base, seeds, flush), *lab.notes(settings, found, missing)]
+        notes = [*_notes(base, seeds, flush), *lab.notes(settings, missing)]
         title = "Marsit beside PSGD and other sign methods"
         figure = _picture(runs, workers, found, settings.target, missing)
         return study.finish(title, tables, figure, notes, _headline(runs, workers, found, settings.target, missing))
@@ -180,7 +179,9 @@ def _picture(
         x = [size * shift ** (place - 3) for size in workers]
         bars = [stdev(each) if len(each) > 1 else 0.0 for each in values]
         accuracy.errorbar(x, [mean(each) for each in values], bars, fmt="o", color=colour, markersize=4)
-        bits.plot(x, [mean(run.bits for run in group) for group in groups], "o-", color=colour, label=name, markersize=4)
+        bits.plot(
+            x, [mean(run.bits for run in group) for group in groups], "o-", color=colour, label=name, markersize=4
+        )
     dense = mean(run.accuracy for size in workers for run in runs[PSGD, size])
     accuracy.axhline(dense, color=COLOURS[0], linewidth=0.8, linestyle=":")
     accuracy.set(ylabel="test accuracy, %; ssdm and cascading_ssdm are below", ylim=(dense - 6, dense + 3))
@@ -237,5 +238,7 @@ def _headline(
     parts = []
     for ranks, results in found.items():
         saved = lab.saving(results, "marsit", target)
-        parts.append(f"n = {ranks}: " + ("target not reached" if saved is None else f"{100 * saved:.0f} % less than dense"))
+        parts.append(
+            f"n = {ranks}: " + ("target not reached" if saved is None else f"{100 * saved:.0f} % less than dense")
+        )
     return f"{text}; time to {100 * target:g} % at 1 Gb/s, {', '.join(parts)}"

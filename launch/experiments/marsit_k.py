@@ -106,7 +106,9 @@ def _picture(groups: Groups, steps: int) -> Any:
             points = {k: [getattr(run, attribute) for run in runs] for (m, k), runs in groups.items() if m == method}
             x = [2 * steps if k == NEVER else k for k in points]
             bars = [stdev(each) if len(each) > 1 else 0.0 for each in points.values()]
-            axes.errorbar(x, [mean(each) for each in points.values()], bars, fmt="o-", color=colour, label=f"eta_s {method}")
+            axes.errorbar(
+                x, [mean(each) for each in points.values()], bars, fmt="o-", color=colour, label=f"eta_s {method}"
+            )
         ticks = sorted({k for _, k in groups if k})
         axes.set(xlabel="steps between flushes, K", xscale="log")
         axes.set_xticks([2 * steps if k == NEVER else k for k in ticks], [_name(k) for k in ticks])
@@ -119,7 +121,11 @@ def _picture(groups: Groups, steps: int) -> Any:
 
 def _notes(base: Job, seeds: int, eta: float) -> list[str]:
     data = "MNIST-5k" if base.quick else "Fashion-MNIST"
-    chosen = "untuned" if base.quick else f"of {', '.join(f'{each:g}' for each in ETAS)} the one with the lowest training loss"
+    chosen = (
+        "untuned"
+        if base.quick
+        else f"of {', '.join(f'{each:g}' for each in ETAS)} the one with the lowest training loss"
+    )
     where = "" if base.quick else f" at K = {TUNING_K} and seed {TUNING_SEED}"
     return [
         f"784-128-10 without biases ({NUMEL:,} weights) on {data}, {WORKERS} workers, {GLOBAL_BATCH} images a step of all "

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from compression_plugins.errors import CompressionError
+from launch import netlab
 from launch.demo import ROOT, Settings, config_of
 from launch.document import COLOURS, Table
 from launch.jobs import JobError
-from launch.netlab import NetLab, NetLabError
 from launch.results import Result, read_run
 
 RATE = "1gbit"
@@ -53,6 +55,11 @@ QUICK = Settings(steps=20, width=256, evaluate_every=5, target=0.6)
 QUICK_METHODS = ("none", "marsit")
 
 
+def missing() -> str | None:
+    """Why there can be no jobs in a network of their own on this machine, as one clause, or None."""
+    return netlab.available() or (None if find_spec("horovod") else "Horovod is not installed")
+
+
 def measure(out: Path, ranks: int, settings: Settings, methods: tuple[str, ...]) -> Iterator[tuple[str, Result]]:
     """Run the methods one after the other.
 
@@ -60,7 +67,7 @@ def measure(out: Path, ranks: int, settings: Settings, methods: tuple[str, ...])
         CompressionError: the network could not be built or a job failed; the message holds the end of its output.
     """
     try:
-        with NetLab(ranks, RATE) as lab:
+        with netlab.NetLab(ranks, RATE) as lab:
             for name in methods:
                 folder = out / "runs" / f"{ranks}-{name.replace(', ', '-')}"
                 folder.mkdir(parents=True, exist_ok=True)
@@ -72,16 +79,24 @@ def measure(out: Path, ranks: int, settings: Settings, methods: tuple[str, ...])
                 environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
                 lab.horovod(command, method.flags, environment, folder / "log.txt").wait(_LIMIT_S)
                 yield name, read_run(folder, "horovod", name)
-    except (JobError, NetLabError) as error:
+    except (JobError, netlab.NetLabError) as error:
         raise CompressionError(f"netlab of {ranks} hosts: {error}") from None
 
 
-def table(found: dict[int, dict[str, Result]], target: float, missing: str | None) -> Table:
+def table(found: dict[int, dict[str, Result]], target: float, reason: str | None) -> Table:
     """One row a method and number of ranks; without root one row that says so."""
-    headers = ["n", "method", "accuracy, %", f"s to {100 * target:g} %", "less than none", "ms a step", "of it computing"]
+    headers = [
+        "n",
+        "method",
+        "accuracy, %",
+        f"s to {100 * target:g} %",
+        "less than none",
+        "ms a step",
+        "of it computing",
+    ]
     headers += ["exposed", "MB sent a step"]
-    if missing:
-        return Table(headers, [["2, 4", f"not measured: {missing}", *["–"] * 7]], left=2)
+    if reason:
+        return Table(headers, [["2, 4", f"not measured: {reason}", *["–"] * 7]], left=2)
     rows = []
     for ranks, results in found.items():
         for name, result in results.items():
@@ -118,16 +133,17 @@ def draw(axes: Any, results: dict[str, Result], ranks: int, target: float) -> No
     axes.legend(fontsize=7, loc="lower right")
 
 
-def notes(settings: Settings, found: dict[int, dict[str, Result]], missing: str | None) -> list[str]:
-    if missing:
-        return [f"Time to target was not measured: {missing}."]
+def notes(settings: Settings, reason: str | None) -> list[str]:
+    if reason:
+        return [f"Time to target was not measured: {reason}."]
+    cores = len(os.sched_getaffinity(0))
     return [
         f"Time to target: MNIST-5k, perceptron of width {settings.width}, {settings.batch} images a rank, "
         f"{settings.steps} steps of SGD (momentum 0.5, cosine decay, learning rate 0.2; {METHODS['signsgd'].lr:g} for "
         f"signsgd, {METHODS['ssdm'].lr:g} for both SSDM), Marsit with a flush every 20 steps, for the job is short. "
         "horovodrun, Gloo, one rank a network namespace, 1 Gb/s each way. One run, seed 0: seconds until two evaluations "
         f"in a row, every {settings.evaluate_every} steps, are at {100 * settings.target:g} %; evaluations do not count.",
-        "This machine has 2 cores: 4 ranks share them, so that all methods compute slower at n = 4, dense too. ms of "
+        f"This machine has {cores} cores: where ranks are more they share them, and every method computes slower, dense too. ms of "
         "computing: the same step without communication; exposed: the rest, encoding and decoding included.",
         "Horovod carries every method: none is refused. Hops of a ring become all-to-alls, each a cycle of its loop.",
     ]

@@ -93,8 +93,8 @@ def run(out: Path, quick: bool) -> str:
             [_table(cases, methods, runs)],
             _picture(cases, methods, runs),
             [
-                f"{seeds} seed(s), mean ± standard deviation. Worse than dense by: of the same seed, so with the same first "
-                "weights and batches. Within the spread: at most two standard deviations of dense training.",
+                f"{seeds} seed(s), mean ± standard deviation. Worse than dense by: with the same seed, that is the "
+                "same first weights and batches. Within the spread: at most two standard deviations of dense training.",
                 "Less traffic: bytes that the transport counted, dense over compressed; a step, and over the whole run "
                 f"with its dense {WARMUP:.0%}.",
             ],

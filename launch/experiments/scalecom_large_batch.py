@@ -86,10 +86,9 @@ def run(out: Path, quick: bool) -> str:
             study.record(f"n = {case.workers}, {method(beta)}, seed {seed}", **case._asdict(), **asdict(runs[-1]))
         rows = [[r for r in runs if (r.case, r.beta) == (c, beta)] for c in cases for beta in (None, *c.betas)]
         notes = [
-            f"784-128-10 perceptron, {BATCH} samples a worker, {epochs} epochs, 1 value in {RATIO} kept; {seeds} seed(s), "
-            f"mean ± standard deviation. Learning rate: up in a line over the first {LR_WARMUP:.0%} of the steps, then "
-            f"down to 0; the first {DENSE_WARMUP:.0%} are sent dense. Loss: of training, over the last twentieth of the "
-            "steps.",
+            f"784-128-10 perceptron, {BATCH} samples a worker, {epochs} epochs, 1 value in {RATIO} kept; mean ± "
+            f"standard deviation of {seeds} seed(s). Learning rate: up in a line over the first {LR_WARMUP:.0%}, "
+            f"then down to 0; the first {DENSE_WARMUP:.0%} are sent dense. Training loss: over the last twentieth.",
             f"Diverged: a loss above {DIVERGED:.0f} or not finite ends the run.",
         ]
         return study.finish(

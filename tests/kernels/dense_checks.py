@@ -196,6 +196,9 @@ def check_reduce(family, implementation, numel, block, ranks, memory=None, kind=
     assert_same_bits(result, wanted)
     if memory is not None:
         assert_same_bits(after, wanted_after)
+    if family == "uniform":
+        mean = fast(implementation, family).uniform_average(torch.stack(payloads).to(device), numel, *decoding)
+        assert_same_bits(mean, average)
 
 
 def check_vote(implementation, numel, ranks) -> None:

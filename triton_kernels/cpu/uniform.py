@@ -213,6 +213,20 @@ def _decode(scales, codes, numel, block, bits, out, weight, accumulate):
 
 
 @jit()
+def _average(scales, codes, ranks, numel, block, bits, out):
+    blocks = (numel + block - 1) // block
+    tile = min(block, TILE)
+    p, q, narrow = np.empty(tile, np.float32), np.empty(tile, np.float32), np.empty(tile, np.int8)
+    levels = float32((1 << (bits - 1)) - 1)
+    for first in range(0, numel, block):
+        last = min(first + block, numel)
+        for start in range(first, last, tile):
+            count = min(tile, last - start)
+            _mean(scales, codes, ranks, narrow, blocks, start, block, count, bits, levels, p, q)
+            store(p, out, start, count, float32(1), False)
+
+
+@jit()
 def _apply(scales, codes, numel, block, bits, param, m, has_m, lr, momentum):
     blocks = (numel + block - 1) // block
     tile = min(block, TILE)
@@ -286,6 +300,15 @@ def uniform_reduce(
     settings = numel, block, bits, scale == "l2", *_draws(rounding, key)
     given = *_views(payloads), len(payloads)
     _encode(*_tile.NO_SOURCE, *given, *settings, *_tile.factors(memory), *_views(out))
+    return out
+
+
+def uniform_average(payloads, numel, bits, block, out=None):
+    layout.check_bits(bits)
+    layout.check_block(block)
+    layout.check_payloads(payloads, layout.uniform_bytes(numel, bits, block))
+    out = layout.result_for(out, numel, payloads, False)
+    _average(*_views(payloads), len(payloads), numel, block, bits, out.numpy())
     return out
 
 

@@ -102,6 +102,27 @@ def _decode_tile(scales, words, row, index, inside, block, numel, BITS: tl.const
     return ((code ^ HALF) - HALF).to(tl.float32) * step[:, None]
 
 
+@triton.jit
+def _mean_tile(scales, words, size, ranks, row, index, inside, block, numel, BITS: tl.constexpr):
+    """Average of the payloads; ``size``: words between two of them."""
+    value = _decode_tile(scales, words, row, index, inside, block, numel, BITS)
+    for _ in range(1, ranks):
+        scales += size
+        words += size
+        value += _decode_tile(scales, words, row, index, inside, block, numel, BITS)
+    return tl.where(inside, tl.div_rn(value, tl.zeros_like(value) + ranks), 0.0)
+
+
+@triton.jit
+def _average(
+    scales, words, size, ranks, out, numel, block, tiles,
+    BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
+    mean = _mean_tile(scales, words, size, ranks, row, index, inside, block, numel, BITS)
+    tl.store(out + index, mean, mask=inside)
+
+
 @triton.jit(do_not_specialize=KEY_ARGUMENTS)
 def _reduce(
     in_scales, in_words, size, ranks, r, alpha, decay, sent, numel, block, scales, words,
@@ -109,14 +130,8 @@ def _reduce(
     BITS: tl.constexpr, L2: tl.constexpr, STOCHASTIC: tl.constexpr,
     HAS_R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``size``: words between two ranks' payloads."""
     row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
-    value = _decode_tile(in_scales, in_words, row, index, inside, block, numel, BITS)
-    for _ in range(1, ranks):
-        in_scales += size
-        in_words += size
-        value += _decode_tile(in_scales, in_words, row, index, inside, block, numel, BITS)
-    value = tl.where(inside, tl.div_rn(value, tl.zeros_like(value) + ranks), 0.0)
+    value = _mean_tile(in_scales, in_words, size, ranks, row, index, inside, block, numel, BITS)
     old, p = compensate(value, r, alpha, index, inside, HAS_R)
     _finish(
         scales, words, row, column, index, inside, value, old, p, r, decay, sent, numel, block,
@@ -213,6 +228,17 @@ def uniform_reduce(
     given = in_scales, in_words, payloads.shape[1] // 4, len(payloads)
     arguments = *given, *factors(payloads, memory), numel, block, scales, words, *words_of(key)
     cut.launch(_reduce, payloads, *arguments, HAS_R=residual is not None, **constants)
+    return out
+
+
+def uniform_average(payloads, numel, bits, block, out=None):
+    layout.check_bits(bits)
+    layout.check_block(block)
+    layout.check_payloads(payloads, layout.uniform_bytes(numel, bits, block))
+    out = layout.result_for(out, numel, payloads, False)
+    scales, words = layout.split(payloads, layout.blocks(numel, block))
+    arguments = scales, words, payloads.shape[1] // 4, len(payloads), out, numel, block
+    Geometry(numel, block).launch(_average, payloads, *arguments, BITS=bits)
     return out
 
 

@@ -122,6 +122,21 @@ def uniform_reduce(
     return uniform_encode(average, bits, block, key, scale, rounding, residual, alpha, decay, sent, out)
 
 
+def uniform_average(
+    payloads: torch.Tensor, numel: int, bits: int, block: int, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean of the decoded payloads, fp32 [numel], in one pass: summed in rank order, divided by ranks.
+
+    Args:
+        payloads: uint8 [ranks, uniform_bytes(numel, bits, block)], contiguous.
+    """
+    layout.check_bits(bits)
+    layout.check_block(block)
+    layout.check_payloads(payloads, layout.uniform_bytes(numel, bits, block))
+    out = layout.result_for(out, numel, payloads, False)
+    return out.copy_(mean_in_rank_order([uniform_decode(payload, numel, bits, block) for payload in payloads]))
+
+
 def uniform_apply(
     payload: torch.Tensor,
     param: torch.Tensor,
