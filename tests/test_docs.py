@@ -20,7 +20,7 @@ from compression_plugins.config import Config
 from launch.report import README_BEGIN, README_END
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
 # Commands that set a machine up or run everything. Value: a file that runs the command, and the text that does.
@@ -31,6 +31,7 @@ RUN_ELSEWHERE = {
     "make clean": ("Makefile", "clean:"),
     "pip install .": ("tests/test_packaging.py", "build_wheel"),
     'pip install ".[deepspeed]"': ("launch/bootstrap.py", "deepspeed"),
+    "compression-plugins rates net:example": ("tests/core/test_rates.py", "net:example"),
     "python -m compression_plugins.install_horovod": ("launch/bootstrap.py", "install_horovod"),
 }
 QUICK = ("compression-plugins schemes", "compression-plugins show", "python -m launch")

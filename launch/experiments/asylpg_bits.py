@@ -108,7 +108,12 @@ def run(out: Path, quick: bool) -> str:
         return study.finish(title, [_table(runs)], _picture(runs, target), notes, _headline(runs, target, seeds))
 
 
-def saving(runs: Mapping[str, Sequence[Run]], method: str, attribute: str) -> list[float | None]:
+def times(factors: Sequence[float | None]) -> str:
+    """Factors over AsyFPG, as text."""
+    return "1×" if set(factors) == {1.0} else f"{spread(factors)}×"
+
+
+def saving(runs: Mapping[str, Sequence[Any]], method: str, attribute: str) -> list[float | None]:
     """`attribute` of the same seed's AsyFPG over that of `method`; None where either missed the target."""
     pairs = [(getattr(a, attribute), getattr(b, attribute)) for a, b in zip(runs["asyfpg"], runs[method])]
     return [a / b if a and b else None for a, b in pairs]
@@ -120,8 +125,8 @@ def _table(runs: Mapping[str, Sequence[Run]]) -> Table:
         [
             method,
             spread([r.bits and r.bits / 1e8 for r in each]),
-            f"{spread(saving(runs, method, 'bits'))}×",
-            f"{spread(saving(runs, method, 'inner_bits'))}×",
+            times(saving(runs, method, "bits")),
+            times(saving(runs, method, "inner_bits")),
             spread([r.epochs for r in each]),
             spread([r.model_bits for r in each]),
             spread([r.survivors and 100 * r.survivors for r in each]),
@@ -146,7 +151,7 @@ def _picture(runs: Mapping[str, Sequence[Run]], target: float) -> Any:
 def _headline(runs: Mapping[str, Sequence[Run]], target: float, seeds: int) -> str:
     def all_of(attribute: str) -> str:
         names = ("asylpg", "acc_asylpg", "sparse_asylpg")
-        return ", ".join(f"{name} {spread(saving(runs, name, attribute))}×" for name in names)
+        return ", ".join(f"{name} {times(saving(runs, name, attribute))}" for name in names)
 
     return (
         f"bits saved over asyfpg until P - P* <= {target:g}, {seeds} seed(s), snapshots counted: {all_of('bits')}; "

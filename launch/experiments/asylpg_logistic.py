@@ -15,10 +15,11 @@ from typing import Any
 from compression_plugins.parameter_server.options import Options
 from compression_plugins.parameter_server.problem import Problem
 from compression_plugins.parameter_server.server import Server
+from compression_plugins.parameter_server.simulate import Simulation
 from compression_plugins.parameter_server.worker import Worker
 from launch.document import Table
 
-from .asylpg_bits import COLOUR, METHODS
+from .asylpg_bits import COLOUR, METHODS, saving, times
 from .asylpg_clock import LATENCY_S, Clock, Costs, calibrate
 from .binary import Task, density, lookalike, parity
 from .study import Study, drawing, spread
@@ -32,7 +33,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 RATE = 100e6
 EVERY = 25
-L1 = 2e-4
+#: The further run: which algorithms, and the weight of |x|_1.
+L1_METHODS, L1 = ("asyfpg", "asylpg"), 2e-4
 
 
 @dataclass(frozen=True)
@@ -89,51 +91,53 @@ def measure(options: Options, problem: Problem, costs: Costs, best: float, targe
     return result
 
 
-def zeros(options: Options, problem: Problem, costs: Costs) -> tuple[float, float, int]:
-    """A whole run with an l1 penalty -> (share of weights that are exactly zero, P, bits)."""
-    server = Server(options, problem.start(), problem.samples)
-    Clock(server, [Worker(rank, options, problem) for rank in range(options.workers)], costs, RATE).run()
-    x = server.state.snapshot
-    return float((x == 0).float().mean()), problem.loss(x) + server.prox.value(x), server.traffic.bits
-
-
 def run(out: Path, quick: bool) -> str:
     """Run everything; return the headline."""
     target, seeds, rows = (0.1, 1, 1000) if quick else (1e-3, 3, 8000)
     cases = [Case("digits", parity(), 1.0, 1e-3), Case("look-alike", lookalike(rows), 10.0, 1e-4)]
-    found: dict[str, dict[str, list[Run]]] = {case.key: {name: [] for name in VARIANTS} for case in cases}
-    sparse: dict[str, list[tuple[float, float, int]]] = {name: [] for name in ("asyfpg", "asylpg")}
-    with Study("asylpg-logistic", out, (len(cases) * len(VARIANTS) + len(sparse)) * seeds) as study:
-        for case in cases:
-            problem, best = case.task.problem(), case.task.optimum(case.l2)
-            for name, changes in VARIANTS.items():
-                costs = calibrate(Options.load({**case.settings, **changes}), problem)
-                for seed in range(seeds):
-                    options = Options.load({**case.settings, **changes, "seed": seed})
-                    one = measure(options, problem, costs, best, target)
-                    found[case.key][name].append(one)
-                    common = {"task": case.task.name, "algorithm": name, "seed": seed, "settings": case.settings}
-                    measured = {"optimum": best, "target": target, "rate": RATE, "costs": asdict(costs), **asdict(one)}
-                    study.record(f"{case.key}, {name}, seed {seed}", **common, **measured)
-        for name, each in sparse.items():
-            for seed in range(seeds):
-                settings = {**case.settings, "l1": L1, "l2": 0.0, "epochs": 1 if quick else 6}
-                each.append(zeros(Options.load({**settings, "method": name, "seed": seed}), problem, costs))
-                labels = {"task": f"{case.task.name}, l1", "algorithm": name, "seed": seed, "settings": settings}
-                values = dict(zip(("zeros", "objective", "bits"), each[-1]))
-                study.record(f"{case.key}, l1, {name}, seed {seed}", **labels, **values)
-        tables = [*(_table(case, found[case.key]) for case in cases), _zeros_table(sparse)]
-        notes = _notes(cases, target, seeds)
+    with Study("asylpg-logistic", out, (len(cases) * len(VARIANTS) + len(L1_METHODS)) * seeds) as study:
+        found = {case.key: _against_bits_and_time(study, case, target, seeds) for case in cases}
+        zeros = _with_l1(study, cases[-1], 1 if quick else 6, seeds)
         return study.finish(
             "Logistic regression: distance to the optimum against bits and against modelled time",
-            tables, _picture(cases, found, target), notes, _headline(found, target, seeds),
-        )  # fmt: skip
+            [*(_table(case, found[case.key]) for case in cases), _zeros_table(zeros)],
+            _picture(cases, found, target),
+            _notes(cases, target, seeds),
+            _headline(found, target, seeds),
+        )
 
 
-def _gains(runs: Mapping[str, Sequence[Run]], name: str, attribute: str) -> list[float | None]:
-    """`attribute` of the same seed's AsyFPG over that of `name`; None where either missed the target."""
-    pairs = [(getattr(a, attribute), getattr(b, attribute)) for a, b in zip(runs["asyfpg"], runs[name])]
-    return [a / b if a and b else None for a, b in pairs]
+def _against_bits_and_time(study: Study, case: Case, target: float, seeds: int) -> dict[str, list[Run]]:
+    """Every algorithm until the target."""
+    problem, best = case.task.problem(), case.task.optimum(case.l2)
+    found: dict[str, list[Run]] = {name: [] for name in VARIANTS}
+    for name, changes in VARIANTS.items():
+        costs = calibrate(Options.load({**case.settings, **changes}), problem)
+        for seed in range(seeds):
+            one = measure(Options.load({**case.settings, **changes, "seed": seed}), problem, costs, best, target)
+            found[name].append(one)
+            common = {"task": case.task.name, "algorithm": name, "seed": seed, "settings": case.settings}
+            measured = {"optimum": best, "target": target, "rate": RATE, "costs": asdict(costs), **asdict(one)}
+            study.record(f"{case.key}, {name}, seed {seed}", **common, **measured)
+    return found
+
+
+def _with_l1(study: Study, case: Case, epochs: int, seeds: int) -> dict[str, list[tuple[float, float, int]]]:
+    """Whole runs with an l1 penalty: (share of weights that are exactly zero, P, bits)."""
+    problem, settings = case.task.problem(), {**case.settings, "l1": L1, "l2": 0.0, "epochs": epochs}
+    found: dict[str, list[tuple[float, float, int]]] = {method: [] for method in L1_METHODS}
+    for method in L1_METHODS:
+        for seed in range(seeds):
+            options = Options.load({**settings, "method": method, "seed": seed})
+            server = Server(options, problem.start(), problem.samples)
+            Simulation(server, [Worker(rank, options, problem) for rank in range(options.workers)]).run()
+            x = server.state.snapshot
+            zero, objective = float((x == 0).float().mean()), problem.loss(x) + server.prox.value(x)
+            found[method].append((zero, objective, server.traffic.bits))
+            common = {"task": f"{case.task.name}, l1", "algorithm": method, "seed": seed, "settings": settings}
+            measured = {"zeros": zero, "objective": objective, "bits": server.traffic.bits}
+            study.record(f"{case.key}, l1, {method}, seed {seed}", **common, **measured)
+    return found
 
 
 def _table(case: Case, runs: Mapping[str, Sequence[Run]]) -> Table:
@@ -143,12 +147,12 @@ def _table(case: Case, runs: Mapping[str, Sequence[Run]]) -> Table:
         [
             name,
             spread([r.bits and r.bits / 1e8 for r in each], 3 if case.key == "digits" else 2),
-            f"{spread(_gains(runs, name, 'bits'))}×",
-            f"{spread(_gains(runs, name, 'inner_bits'))}×",
+            times(saving(runs, name, "bits")),
+            times(saving(runs, name, "inner_bits")),
             spread([r.epochs for r in each]),
             spread([r.model_bits for r in each]),
             spread([r.seconds for r in each]),
-            f"{spread(_gains(runs, name, 'seconds'))}×",
+            times(saving(runs, name, "seconds")),
         ]
         for name, each in runs.items()
     ]
@@ -198,7 +202,7 @@ def _picture(cases: Sequence[Case], found: Mapping[str, Mapping[str, Sequence[Ru
 def _headline(found: Mapping[str, Mapping[str, Sequence[Run]]], target: float, seeds: int) -> str:
     def gains(key: str, attribute: str) -> str:
         names = ("asylpg", "acc_asylpg", "sparse_asylpg")
-        return ", ".join(f"{name} {spread(_gains(found[key], name, attribute))}×" for name in names)
+        return ", ".join(f"{name} {times(saving(found[key], name, attribute))}" for name in names)
 
     parts = [f"{key}: bits {gains(key, 'bits')}, modelled time {gains(key, 'seconds')}" for key in found]
     return f"saved over asyfpg until P - P* <= {target:g}, {seeds} seed(s); {'; '.join(parts)}"

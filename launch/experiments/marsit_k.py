@@ -121,20 +121,16 @@ def _picture(groups: Groups, steps: int) -> Any:
 
 def _notes(base: Job, seeds: int, eta: float) -> list[str]:
     data = "MNIST-5k" if base.quick else "Fashion-MNIST"
-    chosen = (
-        "untuned"
-        if base.quick
-        else f"of {', '.join(f'{each:g}' for each in ETAS)} the one with the lowest training loss"
-    )
-    where = "" if base.quick else f" at K = {TUNING_K} and seed {TUNING_SEED}"
+    candidates = ", ".join(f"{each:g}" for each in ETAS)
+    chosen = f"of {candidates} the one with the lowest training loss at K = {TUNING_K} and seed {TUNING_SEED}"
     return [
-        f"784-128-10 without biases ({NUMEL:,} weights) on {data}, {WORKERS} workers, {GLOBAL_BATCH} images a step of all "
-        f"together, {base.steps} steps of SGD, learning rate {LR:g} with cosine decay; mean ± standard deviation over {seeds} "
-        "seed(s). Against PSGD: points, of the same seed.",
-        f"Constant eta_s = {eta:g}, {chosen}{where}. It is in units of the gradient: the weights move by it times the learning "
-        "rate. auto: each tensor's mean |p| at the last flush.",
-        f"In theory: 2 (n - 1)/n (1 + 31/K). inf: K is longer than the run; the flush of step 0 is its only one, and counts "
-        f"as K = {base.steps}.",
+        f"784-128-10 without biases ({NUMEL:,} weights) on {data}, {WORKERS} workers, {GLOBAL_BATCH} images a step of "
+        f"all together, {base.steps} steps of SGD, learning rate {LR:g} with cosine decay; mean ± standard deviation "
+        f"over {seeds} seed(s). Against PSGD: points, of the same seed.",
+        f"Constant eta_s = {eta:g}, {'untuned' if base.quick else chosen}. It is in units of the gradient: the weights "
+        "move by it times the learning rate. auto: each tensor's mean |p| at the last flush.",
+        "In theory: 2 (n - 1)/n (1 + 31/K). inf: K is longer than the run; the flush of step 0 is its only one, and "
+        f"counts as K = {base.steps}.",
     ]
 
 
@@ -142,9 +138,8 @@ def _headline(groups: Groups) -> str:
     dense = groups[PSGD, 0]
     parts = []
     for (method, interval), runs in groups.items():
-        if method != PSGD:
-            points = mean(run.accuracy - other.accuracy for run, other in zip(runs, dense))
-            bits = mean(run.bits for run in runs)
-            eta = "" if interval == 1 else f" {method}"
-            parts.append(f"K = {_name(interval)}{eta} {points:+.2f} at {bits:.2f} bits")
-    return f"points against PSGD (accuracy {mean(run.accuracy for run in dense):.1f} %): {'; '.join(parts)}"
+        if method == AUTO:
+            points = mean(run.accuracy - other.accuracy for run, other in zip(runs, dense, strict=True))
+            parts.append(f"K = {_name(interval)} {points:+.2f} at {mean(run.bits for run in runs):.2f} bits")
+    accuracy = mean(run.accuracy for run in dense)
+    return f"points against PSGD ({accuracy:.1f} %), eta_s auto: {'; '.join(parts)}"

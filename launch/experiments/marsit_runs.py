@@ -71,7 +71,8 @@ class Run:
     def fields(self) -> dict[str, Any]:
         """For a record; null stands for an infinite loss."""
         return {
-            **vars(self.job), "config": dict(self.job.config),
+            **vars(self.job),
+            "config": dict(self.job.config),
             "accuracy": self.accuracy,
             "loss": self.loss if self.loss < _DIVERGED else None,
             "bits": self.bits,

@@ -174,6 +174,23 @@ def test_a_worker_that_hangs_is_waited_for_up_to_its_patience_and_may_go_on_late
     assert max(server.delays) <= 2 and server.step == 180
 
 
+def test_a_worker_tells_where_the_time_of_the_run_went(lab: Callable[..., Lab]) -> None:
+    run = lab(inner_steps=30)
+    run.serve()
+    worker = Worker(0, run.options, problem())
+    thread = threading.Thread(target=run_worker, args=(worker, run.service.address, TOKEN))
+    thread.start()
+    run.until(lambda: run.server.active == [0])
+    time.sleep(1.0)  # the run has not begun, so nobody waits in it
+    run.start(1, pause=0.05)
+    server = run.finish()
+    thread.join(20)
+    took, seconds = time.monotonic() - (run.service.began or 0.0), worker.seconds
+    assert 0.7 * took < seconds.computing + seconds.coding + seconds.waiting <= took
+    assert seconds.waiting > seconds.computing > 0 < seconds.coding, "the other one is slow"
+    assert server.seconds.computing > 0 < server.seconds.coding and server.seconds.waiting == 0
+
+
 def test_who_sums_a_lost_workers_samples_too_is_not_taken_for_late(
     lab: Callable[..., Lab], caplog: pytest.LogCaptureFixture
 ) -> None:
