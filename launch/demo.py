@@ -48,7 +48,7 @@ class Settings:
     evaluate_every: int = 10
     batch: int = 32
     seeds: int = 1
-    target: float = 0.91
+    target: float = 0.9
 
     def script_arguments(self, record: Path, interface: str, seed: int) -> list[str]:
         return [

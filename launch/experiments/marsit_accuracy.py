@@ -30,11 +30,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "ssdm": {"scheme": "ssdm"},
     CASCADE: {"scheme": "cascading_ssdm"},
 }
-#: What tuning chooses among; a quick run takes the second. The torus takes the ring's: its bits follow the same law.
+#: What tuning chooses among; a quick run takes the first. The torus takes the ring's: its bits follow the same law.
 RATES: dict[str, tuple[float, ...]] = {
-    PSGD: (0.1, 0.2, 0.4, 0.8),
-    RING: (0.1, 0.2, 0.4, 0.8),
-    "ef_signsgd": (0.1, 0.2, 0.4, 0.8),
+    PSGD: (0.2, 0.4, 0.8),
+    RING: (0.2, 0.4, 0.8),
+    "ef_signsgd": (0.2, 0.4, 0.8, 1.6),
     "signsgd": (3e-4, 1e-3, 3e-3),
     "ssdm": (1e-3, 3e-3, 1e-2),
     CASCADE: (1e-5, 1e-4),
@@ -42,7 +42,7 @@ RATES: dict[str, tuple[float, ...]] = {
 #: Optimizer -> its learning rate, for PSGD after the average and for Marsit before it.
 DIRECTIONS = {"momentum": 0.01, "adam": 3e-4}
 #: Steps of the runs with an optimizer that has a memory of its own.
-LONG = 800
+LONG = 600
 TUNING_SEED = 100
 
 
@@ -77,7 +77,7 @@ def run(out: Path, quick: bool) -> str:
                 study.record(f"{part}: {job.method}, n = {job.workers}, seed {job.seed}", part=part, **each.fields())
             return runs
 
-        rates = _chosen(trained("tuning", tuning)) if tuning else {name: rates[1] for name, rates in RATES.items()}
+        rates = _chosen(trained("tuning", tuning)) if tuning else {name: rates[0] for name, rates in RATES.items()}
         rates[TORUS] = rates[RING]
         jobs = [
             replace(base, method=name, config=_config(name, flush), lr=rates[name], workers=size, seed=seed)
