@@ -74,7 +74,8 @@ def run(out: Path, quick: bool) -> str:
             for each in train_all(jobs, processes=1 if quick else None):
                 runs.append(each)
                 job = each.job
-                study.record(f"{part}: {job.method}, n = {job.workers}, seed {job.seed}", part=part, **each.fields())
+                label = f"{part}: {job.method}, n = {job.workers}, lr {job.lr:g}, seed {job.seed}"
+                study.record(label, part=part, **each.fields())
             return runs
 
         rates = _chosen(trained("tuning", tuning)) if tuning else {name: rates[0] for name, rates in RATES.items()}
@@ -239,10 +240,5 @@ def _headline(
     text += f"{bits:.2f} bits an element at n = 8"
     if missing:
         return f"{text}; time to target not measured: {missing}"
-    parts = []
-    for ranks, results in found.items():
-        saved = lab.saving(results, "marsit", target)
-        parts.append(
-            f"n = {ranks}: " + ("target not reached" if saved is None else f"{100 * saved:.0f} % less than dense")
-        )
+    parts = [f"n = {ranks}: {lab.less(lab.saving(results, 'marsit', target))}" for ranks, results in found.items()]
     return f"{text}; time to {100 * target:g} % at 1 Gb/s against dense, {', '.join(parts)}"

@@ -97,7 +97,7 @@ def table(found: dict[int, dict[str, Result]], target: float, reason: str | None
         f"s to {100 * target:g} %",
         "against none",
         "ms a step",
-        "of it computing",
+        "computing",
     ]
     headers += ["exposed", "MB sent a step"]
     if reason:

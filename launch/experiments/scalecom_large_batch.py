@@ -52,7 +52,7 @@ CASES = (
     Case(64, 0.1, 0.9, (1.0, 0.3, 0.1)),
     Case(64, 0.5, 0.0, (1.0, 0.1)),
 )
-QUICK = (Case(8, 0.025, 0.9, (1.0,)), Case(32, 0.1, 0.9, (1.0, 0.1)))
+QUICK = (Case(16, 0.05, 0.9, (1.0, 0.1)), Case(16, 0.25, 0.0, (1.0, 0.1)))
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Run:
 
 
 def run(out: Path, quick: bool) -> str:
-    cases, seeds, epochs = (QUICK, 1, 10) if quick else (CASES, 3, 6)
+    cases, seeds, epochs = (QUICK, 1, 15) if quick else (CASES, 3, 6)
     data = load_digits() if quick else load_fashion()
     jobs = [(case, beta, seed) for case in cases for beta in (None, *case.betas) for seed in range(seeds)]
     runs = []

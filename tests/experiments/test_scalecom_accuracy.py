@@ -41,9 +41,9 @@ def test_networks_learn_from_one_gradient_value_in_fifty(accuracy: tuple[str, li
     assert headline.startswith("worse than dense by: ") and "LSTM" in headline
     runs_of = {(run["task"], run["ratio"]): run for run in runs}
     dense, sparse = (runs_of[DIGITS_CNN.name, ratio] for ratio in (1, 50))
-    assert dense["value"] > 88 and sparse["value"] > dense["value"] - 12  # per cent
+    assert dense["value"] > 88 and sparse["value"] > dense["value"] - 12  # per cent; guessing gives 10
     dense, sparse = (runs_of[LSTM.name, ratio] for ratio in (1, 50))
-    assert dense["value"] < 3.1 and sparse["value"] < dense["value"] + 0.9  # bits; 4.7 without any context
+    assert dense["value"] < 2.9 and sparse["value"] < dense["value"] + 0.6  # bits; 0.75 if nothing is remembered
     for run in runs:
         assert run["loss"][-1] < 0.7 * run["loss"][0]
 
@@ -51,23 +51,24 @@ def test_networks_learn_from_one_gradient_value_in_fifty(accuracy: tuple[str, li
 def test_traffic_in_the_table_is_that_of_the_wire_format(accuracy: tuple[str, list[dict[str, Any]]]) -> None:
     run = next(run for run in accuracy[1] if run["task"] == LSTM.name and run["ratio"] == 50)
     numel = sum(parameter.numel() for parameter in LSTM.model(0).parameters())
+    # 6 bits tell 50 places apart; they travel in words of 32.
     kept, around = -(-numel // 50), (WORKERS - 1) / WORKERS
     assert run["dense_bytes"] == pytest.approx(2 * around * 4 * numel)
     assert run["step_bytes"] == pytest.approx(
         around * 4 * (-(-kept * 6 // 32) + 2 * kept)
-    )  # 6 bits tell 50 places apart
+    )
     warmup = run["steps"] // 20
     assert run["bytes"] == pytest.approx(warmup * run["dense_bytes"] + (run["steps"] - warmup) * run["step_bytes"])
     assert run["dense_bytes"] > 40 * run["step_bytes"]
 
 
-def test_plain_error_feedback_suffers_from_large_batches_and_the_filter_suffers_less(tmp_path: Path) -> None:
+def test_momentum_and_a_large_step_break_plain_error_feedback_but_not_the_filter(tmp_path: Path) -> None:
     headline, runs = quick("scalecom-large-batch", tmp_path)
     assert headline.startswith("test accuracy")
-    accuracy = {(run["workers"], run["beta"]): run["accuracy"] or 10.0 for run in runs}
-    assert accuracy[8, None] - accuracy[8, 1.0] < 5
-    assert accuracy[32, None] - accuracy[32, 1.0] > 8
-    assert accuracy[32, None] > accuracy[32, 0.1] > accuracy[32, 1.0] + 3
+    accuracy = {(run["momentum"], run["beta"]): run["accuracy"] for run in runs}
+    assert accuracy[0.9, None] - accuracy[0.9, 0.1] < 8
+    assert accuracy[0.9, None] - accuracy[0.9, 1.0] > 10
+    assert accuracy[0.0, None] - accuracy[0.0, 1.0] < 4
 
 
 def test_gradients_of_all_workers_in_one_pass_are_those_of_each_worker() -> None:
