@@ -188,12 +188,14 @@ def _picture(
         )
     dense = mean(run.accuracy for size in workers for run in runs[PSGD, size])
     accuracy.axhline(dense, color=COLOURS[0], linewidth=0.8, linestyle=":")
-    accuracy.set(ylabel="test accuracy, %; ssdm and cascading_ssdm are below", ylim=(dense - 6, dense + 3))
+    accuracy.set(ylabel="test accuracy, % (both SSDM are below)", ylim=(dense - 6, dense + 3))
     bits.set(ylabel="bits sent a step and element", yscale="log")
+    bits.set_yticks([2, 4, 8, 16, 32, 64], ["2", "4", "8", "16", "32", "64"])
+    bits.tick_params(axis="y", which="minor", left=False, labelleft=False)
     for axes in (accuracy, bits):
         axes.set(xlabel="workers", xscale="log")
         axes.set_xticks(workers, [str(size) for size in workers])
-        axes.minorticks_off()
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     bits.legend(fontsize=7)
     for axes, (ranks, results) in zip(clocks, found.items()):
         lab.draw(axes, results, ranks, target)

@@ -49,6 +49,10 @@ METHODS = {
     "ssdm": Method("ssdm", 1e-4),
     "cascading_ssdm": Method("cascading_ssdm", 1e-4),
 }
+#: As in the other pictures of `marsit-accuracy`.
+_COLOUR = dict(
+    zip(("none", "marsit, ring", "marsit", "signsgd", "ef_signsgd", "ssdm", "cascading_ssdm", "bf16"), COLOURS)
+)
 #: The demonstration's network and data.
 FULL = Settings(steps=60, evaluate_every=5, target=0.89)
 QUICK = Settings(steps=20, width=256, evaluate_every=5, target=0.6)
@@ -90,16 +94,8 @@ def measure(out: Path, ranks: int, settings: Settings, methods: tuple[str, ...])
 
 def table(found: dict[int, dict[str, Result]], target: float, reason: str | None) -> Table:
     """One row a method and number of ranks; without root one row that says so."""
-    headers = [
-        "n",
-        "method",
-        "accuracy, %",
-        f"s to {100 * target:g} %",
-        "against none",
-        "ms a step",
-        "computing",
-    ]
-    headers += ["exposed", "MB sent a step"]
+    headers = ["n", "method", "accuracy, %", f"s to {100 * target:g} %", "against none"]
+    headers += ["ms a step", "computing", "exposed", "MB sent a step"]
     if reason:
         return Table(headers, [["2, 4", f"not measured: {reason}", *["–"] * 7]], left=2)
     rows = []
@@ -133,10 +129,9 @@ def less(saved: float | None) -> str:
 
 def draw(axes: Any, results: dict[str, Result], ranks: int, target: float) -> None:
     """Accuracy against training seconds."""
-    for name, colour in zip(METHODS, COLOURS):
-        if name in results:
-            points = results[name].points
-            axes.plot([p.seconds for p in points], [100 * p.accuracy for p in points], color=colour, label=name)
+    for name, result in results.items():
+        points = result.points
+        axes.plot([p.seconds for p in points], [100 * p.accuracy for p in points], color=_COLOUR[name], label=name)
     axes.axhline(100 * target, color="#999999", linewidth=0.8, linestyle=":")
     axes.set(xlabel=f"training time at 1 Gb/s, {ranks} ranks, s", ylabel="test accuracy, %", xlim=(0, None))
     axes.set_ylim(100 * target - 25, 100 * target + 4)
