@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import isfinite, nan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -105,7 +106,7 @@ def _picture(groups: Groups, steps: int) -> Any:
         for method, colour in ((AUTO, COLOURS[1]), (CONSTANT, COLOURS[2])):
             points = {k: [getattr(run, attribute) for run in runs] for (m, k), runs in groups.items() if m == method}
             x = [2 * steps if k == NEVER else k for k in points]
-            bars = [stdev(each) if len(each) > 1 else 0.0 for each in points.values()]
+            bars = [_deviation(each) for each in points.values()]
             axes.errorbar(
                 x, [mean(each) for each in points.values()], bars, fmt="o-", color=colour, label=f"eta_s {method}"
             )
@@ -117,6 +118,13 @@ def _picture(groups: Groups, steps: int) -> Any:
     loss.set(ylabel="training loss, last quarter")
     accuracy.legend(fontsize=8)
     return figure
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Standard deviation; NaN, which is not drawn, if a run diverged."""
+    if not all(map(isfinite, values)):
+        return nan
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def _notes(base: Job, seeds: int, eta: float) -> list[str]:

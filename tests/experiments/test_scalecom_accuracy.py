@@ -54,9 +54,7 @@ def test_traffic_in_the_table_is_that_of_the_wire_format(accuracy: tuple[str, li
     # 6 bits tell 50 places apart; they travel in words of 32.
     kept, around = -(-numel // 50), (WORKERS - 1) / WORKERS
     assert run["dense_bytes"] == pytest.approx(2 * around * 4 * numel)
-    assert run["step_bytes"] == pytest.approx(
-        around * 4 * (-(-kept * 6 // 32) + 2 * kept)
-    )
+    assert run["step_bytes"] == pytest.approx(around * 4 * (-(-kept * 6 // 32) + 2 * kept))
     warmup = run["steps"] // 20
     assert run["bytes"] == pytest.approx(warmup * run["dense_bytes"] + (run["steps"] - warmup) * run["step_bytes"])
     assert run["dense_bytes"] > 40 * run["step_bytes"]
