@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import isfinite, nan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -83,11 +82,15 @@ def _behind(runs: Sequence[Run], dense: Sequence[Run]) -> list[float | None]:
     return [mine.accuracy - other.accuracy for mine, other in zip(runs, dense, strict=True)]
 
 
+def _diverges(runs: Sequence[Run]) -> bool:
+    return any(run.loss == float("inf") for run in runs)
+
+
 def _table(groups: Groups, steps: int) -> Table:
     rows = []
     dense = groups[PSGD, 0]
     for (method, interval), runs in groups.items():
-        losses = "diverges" if any(run.loss == float("inf") for run in runs) else spread([run.loss for run in runs], 3)
+        losses = "diverges" if _diverges(runs) else spread([run.loss for run in runs], 3)
         points = "–" if method == PSGD else spread(_behind(runs, dense))
         name = ["–", PSGD] if method == PSGD else [_name(interval), "not used" if interval == 1 else method]
         theory = "–" if method == PSGD else f"{_theory(interval, steps):.3f}"
@@ -104,9 +107,13 @@ def _picture(groups: Groups, steps: int) -> Any:
     for axes, attribute in ((accuracy, "accuracy"), (loss, "loss")):
         axes.axhline(mean(getattr(run, attribute) for run in dense), color=COLOURS[0], linestyle=":", label="PSGD")
         for method, colour in ((AUTO, COLOURS[1]), (CONSTANT, COLOURS[2])):
-            points = {k: [getattr(run, attribute) for run in runs] for (m, k), runs in groups.items() if m == method}
+            points = {
+                k: [getattr(run, attribute) for run in runs]
+                for (m, k), runs in groups.items()
+                if m == method and not _diverges(runs)
+            }
             x = [2 * steps if k == NEVER else k for k in points]
-            bars = [_deviation(each) for each in points.values()]
+            bars = [stdev(each) if len(each) > 1 else 0.0 for each in points.values()]
             axes.errorbar(
                 x, [mean(each) for each in points.values()], bars, fmt="o-", color=colour, label=f"eta_s {method}"
             )
@@ -120,13 +127,6 @@ def _picture(groups: Groups, steps: int) -> Any:
     return figure
 
 
-def _deviation(values: Sequence[float]) -> float:
-    """Standard deviation; NaN, which is not drawn, if a run diverged."""
-    if not all(map(isfinite, values)):
-        return nan
-    return stdev(values) if len(values) > 1 else 0.0
-
-
 def _notes(base: Job, seeds: int, eta: float) -> list[str]:
     data = "MNIST-5k" if base.quick else "Fashion-MNIST"
     candidates = ", ".join(f"{each:g}" for each in ETAS)
@@ -137,8 +137,8 @@ def _notes(base: Job, seeds: int, eta: float) -> list[str]:
         f"over {seeds} seed(s). Against PSGD: points, of the same seed.",
         f"Constant eta_s = {eta:g}, {'untuned' if base.quick else chosen}. It is in units of the gradient: the weights "
         "move by it times the learning rate. auto: each tensor's mean |p| at the last flush.",
-        "In theory: 2 (n - 1)/n (1 + 31/K). inf: K is longer than the run; the flush of step 0 is its only one, and "
-        f"counts as K = {base.steps}.",
+        "diverges: at least one of the runs; the picture leaves them out. In theory: 2 (n - 1)/n (1 + 31/K). inf: "
+        f"K is longer than the run; the flush of step 0 is its only one, and counts as K = {base.steps}.",
     ]
 
 
