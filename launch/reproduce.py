@@ -39,14 +39,13 @@ def publish(name: str, out: Path, pages: Path = PAGES) -> Path:
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     for path in sorted(pages.glob("*.md")):
         text = path.read_text(encoding="utf-8")
-        if begin in text and end in text:
-            before, rest = text.split(begin)
-            after = rest.split(end)[1]
+        if text.count(begin) == text.count(end) == 1 and text.index(begin) < text.index(end):
+            before, after = text.split(begin)[0], text.split(end)[1]
             table = (out / f"{name}.md").read_text(encoding="utf-8")
             path.write_text(f"{before}{begin}\n{table}{end}{after}", encoding="utf-8")
             shutil.copy(out / f"{name}.png", pages / f"{name}.png")
             return path
-    raise CompressionError(f"no page in {pages} has the marks {begin} and {end}")
+    raise CompressionError(f"no page in {pages} has the marks {begin} and {end}, once each and in this order")
 
 
 def main() -> None:

@@ -57,7 +57,10 @@ def test_publishing_replaces_what_stands_between_the_marks_and_nothing_else(tmp_
     assert (tmp_path / "another.md").read_text() == "no marks"
 
 
-@pytest.mark.parametrize("text", ["", "<!-- some:begin -->", "<!-- some:end -->", "<!-- o:begin --><!-- o:end -->"])
+BEGIN, END = "<!-- some:begin -->", "<!-- some:end -->"
+
+
+@pytest.mark.parametrize("text", ["", BEGIN, END, END + BEGIN, 2 * (BEGIN + END), "<!-- o:begin --><!-- o:end -->"])
 def test_a_page_without_both_marks_is_one_clear_error_and_stays_as_it_is(text: str, tmp_path: Path) -> None:
     page = tmp_path / "method.md"
     page.write_text(text)
