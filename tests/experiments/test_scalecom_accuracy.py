@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +15,12 @@ pytest.importorskip("matplotlib", reason="the experiments draw")
 from launch.experiments import scalecom_large_batch as large_batch  # noqa: E402
 from launch.experiments.scalecom_accuracy import WORKERS  # noqa: E402
 from launch.experiments.tasks import CONTEXT, DIGITS_CNN, LSTM, TRANSFORMER, Task, vocabulary  # noqa: E402
-
-ROOT = Path(__file__).parents[2]
-
-
-def quick(name: str, out: Path) -> tuple[str, list[dict[str, Any]]]:
-    """(last line printed, records)."""
-    command = [sys.executable, "-m", "launch.reproduce", name, "--quick", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    assert (out / f"{name}.png").stat().st_size > 5000
-    return done.stdout.splitlines()[-1], [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
+from tests.experiments.quick import run_quick  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def accuracy(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, Any]]]:
-    return quick("scalecom-accuracy", tmp_path_factory.mktemp("accuracy"))
+    return run_quick("scalecom-accuracy", tmp_path_factory.mktemp("accuracy"))
 
 
 def test_networks_learn_from_one_gradient_value_in_fifty(accuracy: tuple[str, list[dict[str, Any]]]) -> None:
@@ -61,7 +48,7 @@ def test_traffic_in_the_table_is_that_of_the_wire_format(accuracy: tuple[str, li
 
 
 def test_momentum_and_a_large_step_break_plain_error_feedback_but_not_the_filter(tmp_path: Path) -> None:
-    headline, runs = quick("scalecom-large-batch", tmp_path)
+    headline, runs = run_quick("scalecom-large-batch", tmp_path)
     assert headline.startswith("test accuracy")
     accuracy = {(run["momentum"], run["beta"]): run["accuracy"] for run in runs}
     assert accuracy[0.9, None] - accuracy[0.9, 0.1] < 8

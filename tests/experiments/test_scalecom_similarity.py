@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,16 +12,13 @@ pytest.importorskip("matplotlib", reason="the experiments draw")
 
 from launch.experiments.scalecom_similarity import WORKERS, Run, measure  # noqa: E402
 from launch.task import Digits  # noqa: E402
-
-ROOT = Path(__file__).parents[2]
+from tests.experiments.quick import run_quick  # noqa: E402
 
 
 def test_the_filter_makes_memories_more_alike_and_the_leaders_choice_better(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "launch.reproduce", "scalecom-similarity", "--quick", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("beta 1 -> 0.1 at lr 0.1: cosine of memories 0.")
-    runs = {run["method"]: run for run in map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())}
+    headline, records = run_quick("scalecom-similarity", tmp_path)
+    assert headline.startswith("beta 1 -> 0.1 at lr 0.1: cosine of memories 0.")
+    runs = {run["method"]: run for run in records}
     local, plain, damped = (runs[name] for name in ("local top-k", "CLT-k, beta = 1", "CLT-k, beta = 0.1"))
     assert damped["late_cosine"] > 1.3 * plain["late_cosine"]
     assert damped["late_overlap"] > 1.3 * plain["late_overlap"] > 1.3 * 0.02, "chance is 0.01"

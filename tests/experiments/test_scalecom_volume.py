@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,8 @@ pytest.importorskip("matplotlib", reason="the experiments draw")
 
 from launch import netlab  # noqa: E402
 from launch.experiments import scalecom_volume  # noqa: E402
+from tests.experiments.quick import run_quick  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
 D = scalecom_volume.LOCAL
 K = -(-D // 100)
 INDEX_BITS = 32 * -(-K * 7 // 32)  # 7 bits tell 100 places apart
@@ -25,11 +22,8 @@ INDEX_BITS = 32 * -(-K * 7 // 32)  # 7 bits tell 100 places apart
 def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, Any]], Path]:
     """(last line printed, records, folder)."""
     out = tmp_path_factory.mktemp("volume")
-    command = [sys.executable, "-m", "launch.reproduce", "scalecom-volume", "--quick", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    runs = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
-    return done.stdout.splitlines()[-1], runs, out
+    headline, runs = run_quick("scalecom-volume", out)
+    return headline, runs, out
 
 
 def local(runs: list[dict[str, Any]], scheme: str, key: str = "payload") -> dict[int, float]:
