@@ -140,4 +140,5 @@ def _pack(config: Config, specs: Sequence[TensorSpec], rows: Sequence[Row]) -> t
 
 def _describe(scheme: Scheme) -> str:
     parameters = ", ".join(f"{k}={v}" for k, v in scheme.model_dump().items())
-    return f"{scheme.name}({parameters})" if parameters else scheme.name
+    name = f"{scheme.name}({parameters})" if parameters else scheme.name
+    return name if scheme.trains else f"{name}, for timing only (the model does not train)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from .config import Config
 from .errors import CompressionError
 from .plan import Bucket
 from .schemes.base import Call, Reduction
+from .seconds import Seconds
 from .state import State, reshard
 from .telemetry import Telemetry
 from .transports.base import Handle, Transport
@@ -42,7 +42,10 @@ class Job:
     def advance(self) -> None:
         """Block until the operation in flight is done, and start the next."""
         if not self.done:
-            self._send(self._handle.wait())  # type: ignore[union-attr]
+            with self._reducer.seconds.waiting():
+                value = self._handle.wait()  # type: ignore[union-attr]
+            self._reducer.seconds.landed()
+            self._send(value)
 
     def result(self) -> Tensor:
         """The average, fp32 [bucket.numel]; waits for it, together with every other job of the reducer."""
@@ -53,11 +56,14 @@ class Job:
         return self._result
 
     def _send(self, value: Tensor | None) -> None:
-        try:
-            self._handle = self._reduction.send(value)
-            self.phase += 1
-        except StopIteration as stop:
-            self._result, self._handle, self.done = stop.value, None, True
+        with self._reducer.seconds.coding(first=self.phase == 0):
+            try:
+                self._handle = self._reduction.send(value)
+            except StopIteration as stop:
+                self._result, self._handle, self.done = stop.value, None, True
+                return
+        self.phase += 1
+        self._reducer.seconds.launched()
 
 
 class Reducer:
@@ -74,7 +80,7 @@ class Reducer:
 
     Attributes:
         step: optimizer steps done; survives a resume.
-        exposed_s: seconds spent blocked, waiting for communication that nothing hid.
+        seconds: where its time went.
     """
 
     def __init__(
@@ -84,7 +90,7 @@ class Reducer:
         self.config, self.transport, self.telemetry = config, transport, telemetry
         self.state = State(undo)
         self.step = 0
-        self.exposed_s = 0.0
+        self.seconds = Seconds()
         self._jobs: list[Job] = []
         self._uses: dict[int, int] = {}  # reductions of a bucket in this step: micro-batches
         self._elements = 0
@@ -139,19 +145,18 @@ class Reducer:
 
         Job by job would deadlock where ranks hold their jobs in different orders.
         """
-        started = time.perf_counter()
         while self._jobs:
             level = min(job.phase for job in self._jobs)
             for job in self._jobs:
                 if job.phase == level:
                     job.advance()
             self._jobs = [job for job in self._jobs if not job.done]
-        self.exposed_s += time.perf_counter() - started
 
     def abort(self) -> None:
         """Forget jobs in flight, after an error or a rollback of the host."""
         self._jobs = []
         self._uses.clear()
+        self.seconds.in_flight = 0
 
     def end_step(self, skipped: bool = False) -> None:
         """Call once after each optimizer step. A skipped one leaves no trace in memory and does not count."""

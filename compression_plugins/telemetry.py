@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from .reducer import Reducer
 
 ENVIRONMENT_VARIABLE = "COMPRESSION_PLUGINS_TELEMETRY"
+#: Of `Seconds`, recorded as NAME_s.
+PHASES = ("encode", "decode", "wire", "exposed")
 
 
 class Telemetry:
-    """Writes, for each step: payload bytes sent, ratio to a dense fp32 ring, residual norm, exposed seconds."""
+    """Writes, for each step: payload bytes sent, ratio to a dense fp32 ring, residual norm, bytes of state, seconds."""
 
     def __init__(self, target: str) -> None:
         kind, _, directory = target.partition(":")
@@ -36,7 +38,7 @@ class Telemetry:
         else:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
             self._file = open(target, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        self._sent = self._exposed = 0.0
+        self._sent, self._seconds = 0.0, dict.fromkeys(PHASES, 0.0)
 
     @classmethod
     def from_environment(cls, rank: int) -> Telemetry | None:
@@ -49,20 +51,23 @@ class Telemetry:
     def step(self, reducer: Reducer, elements: int, skipped: bool) -> None:
         """Record the step that has just ended."""
         size = reducer.transport.size
-        sent, exposed = reducer.transport.sent - self._sent, reducer.exposed_s - self._exposed
-        self._sent, self._exposed = reducer.transport.sent, reducer.exposed_s
+        sent, self._sent = reducer.transport.sent - self._sent, reducer.transport.sent
+        seconds = {name: getattr(reducer.seconds, name) for name in PHASES}
+        spent = {f"{name}_s": round(seconds[name] - self._seconds[name], 6) for name in PHASES}
+        self._seconds = seconds
         dense = 8 * elements * (size - 1) / size
         values = {
             "step": reducer.step,
             "sent_bytes": round(sent),
             "ratio": round(dense / sent, 3) if sent else None,
             "residual_norm": reducer.state.norm(),
-            "exposed_s": round(exposed, 6),
+            "state_bytes": reducer.state.nbytes(),
+            **spent,
             "skipped": skipped,
         }
         if self._board is None:
             self._file.write(json.dumps(values) + "\n")
             return
-        for name in ("sent_bytes", "ratio", "residual_norm", "exposed_s"):
+        for name in ("sent_bytes", "ratio", "residual_norm", "state_bytes", *spent):
             if values[name] is not None:
                 self._board.add_scalar(f"compression/{name}", values[name], reducer.step)

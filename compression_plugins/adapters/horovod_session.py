@@ -194,7 +194,7 @@ class Session:
             self._tally.steps += 1
             self._tally.dense += self._dense
             self._tally.sent = self._earlier[0] + self.reducer.transport.sent
-            self._tally.exposed_s = self._earlier[1] + self.reducer.exposed_s
+            self._tally.exposed_s = self._earlier[1] + self.reducer.seconds.exposed
             self.restore_weights()
 
     def restore_weights(self) -> None:

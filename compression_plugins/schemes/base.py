@@ -71,6 +71,7 @@ class Scheme(BaseModel):
         memory: law of the residual, or None.
         sums_only: every operation is an all-reduce, so ranks that have left (`hvd.join`) may add zeros.
         host_dense: nothing is compressed; a host keeps its own path.
+        trains: False for what only measures time.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -79,6 +80,7 @@ class Scheme(BaseModel):
     paper: ClassVar[str]
     sums_only: ClassVar[bool] = False
     host_dense: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
 
     @property
     def memory(self) -> Memory | None:

@@ -96,3 +96,9 @@ def test_digest_depends_on_names_and_shapes() -> None:
         == make_plan(config, list(SPECS)).digest()
         != make_plan(config, renamed).digest()
     )
+
+
+def test_a_scheme_that_only_measures_says_so_in_the_table() -> None:
+    specs = [TensorSpec("w", (64, 64), "float32")]
+    assert "the model does not train" in make_plan(Config.load("fake"), specs).table()
+    assert "the model does not train" not in make_plan(Config.load("topk"), specs).table()

@@ -12,6 +12,7 @@ from compression_plugins.config import Config
 from compression_plugins.errors import CompressionError
 from compression_plugins.plan import TensorSpec, make_plan
 from compression_plugins.reducer import Reducer, reshard
+from compression_plugins.seconds import Seconds
 from compression_plugins.telemetry import Telemetry
 from compression_plugins.transports.local import LocalWorld, drive
 
@@ -73,6 +74,30 @@ def test_micro_batches_of_one_step_draw_different_random_numbers() -> None:
     assert torch.equal(again.reduce(gradients)[0], first), "and the same ones in a run that repeats"
 
 
+def test_seconds_tell_coding_waiting_and_the_time_on_the_wire_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("compression_plugins.seconds.time.perf_counter", lambda: now)
+    seconds = Seconds()
+
+    def passes(duration: float) -> None:
+        nonlocal now
+        now += duration
+
+    with seconds.coding(first=True):
+        passes(1)
+    seconds.launched()
+    passes(10)  # of computation that hides the operation
+    seconds.launched()
+    with seconds.waiting():
+        passes(100)
+    seconds.landed()
+    with seconds.coding(first=False):
+        passes(1000)
+    seconds.landed()
+    passes(10000)  # nothing is in flight
+    assert (seconds.encode, seconds.exposed, seconds.decode, seconds.wire) == (1, 100, 1000, 1110)
+
+
 def test_telemetry_writes_one_line_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "logs" / "run.jsonl"
     monkeypatch.setenv("COMPRESSION_PLUGINS_TELEMETRY", str(path))
@@ -86,4 +111,6 @@ def test_telemetry_writes_one_line_a_step(tmp_path: Path, monkeypatch: pytest.Mo
     bits = world.bucket.scheme.wire_bits(world.bucket.segments, 2)
     assert sum(line["sent_bytes"] for line in lines) == pytest.approx(3 * bits / 8, rel=0.01)
     assert all(line["ratio"] == pytest.approx(32 * 3080 / bits, rel=0.01) for line in lines)
+    assert all(line["encode_s"] > 0 and line["decode_s"] > 0 for line in lines)
+    assert lines[-1]["state_bytes"] == world.reducers[0].state.nbytes() >= 4 * 3080
     assert lines[-1]["residual_norm"] == pytest.approx(world.reducers[0].state.norm())

@@ -29,6 +29,8 @@ def variants(name: str) -> list[dict]:
     return choices
 
 
+#: What only measures time loses most of the gradient, whatever that holds.
+IDLE = [name for name in SCHEMES if not registry.get(name).trains]
 CASES = [
     pytest.param(name, v, id=f"{name}-{'-'.join(map(str, v.values()))}") for name in SCHEMES for v in variants(name)
 ]
@@ -128,7 +130,7 @@ def test_zeros_and_extreme_sizes_stay_finite(name: str, value: float) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("guilty", [0, 1])
-@pytest.mark.parametrize(("name", "variant"), CASES)
+@pytest.mark.parametrize(("name", "variant"), [c for c in CASES if c.values[0] not in IDLE])
 def test_a_gradient_that_is_not_finite_shows_on_every_rank_and_poisons_no_memory(
     name: str, variant: dict, guilty: int, bad: float
 ) -> None:
@@ -145,7 +147,7 @@ def test_a_gradient_that_is_not_finite_shows_on_every_rank_and_poisons_no_memory
 
 
 @pytest.mark.parametrize("shards", [[3080, 0], [1, 3079], [1500, 1580]])
-@pytest.mark.parametrize(("name", "variant"), [c for c in CASES if c.values[0] not in NOISY and of_gradients(c)])
+@pytest.mark.parametrize(("name", "variant"), [c for c in CASES if c.values[0] not in NOISY + IDLE and of_gradients(c)])
 def test_reduce_scatter_gives_each_rank_its_shard_of_an_average(name: str, variant: dict, shards: list[int]) -> None:
     world = World(config(name, **variant), 2)
     gradients = world.gradients(0)
