@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 import os
 import sys
@@ -14,6 +15,17 @@ from . import __version__, registry
 from .config import Config, parse_assignments
 from .errors import CompressionError
 from .schemes.base import Segment
+
+
+#: Commands with a parser of their own, imported when called.
+COMMANDS = {
+    "advise": ("compression_plugins.advise.command", "which scheme pays on your network, and how much"),
+    "bench": (
+        "launch.bench.command",
+        "measure an experiment of schemes, models, ranks and rates; needs the repository",
+    ),
+    "report": ("launch.bench.report", "page and pictures of what `bench` has measured; needs the repository"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     show.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="replace a key")
     rates = commands.add_parser("rates", help="find a ratio for each layer of a model, for ScaleCom; prints YAML rules")
     rates.add_argument("example", metavar="MODULE:FUNCTION", help="returns (model, the batch of one worker)")
+    if arguments and arguments[0] in COMMANDS:
+        return _command(arguments[0], arguments[1:])
+    for name, (_, text) in COMMANDS.items():
+        commands.add_parser(name, help=text)
     commands.add_parser("horovodrun", help="horovodrun with --compression, where the plain command cannot be extended")
     options = parser.parse_args(arguments)
     try:
@@ -59,6 +75,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _command(name: str, arguments: Sequence[str]) -> int:
+    path, _ = COMMANDS[name]
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("launch", "matplotlib", "mlxtend", "rich"):
+            raise
+        print(
+            f"compression-plugins: {name} needs {error.name!r}: run it from a clone of the repository after "
+            "`pip install -e '.[bench]'`",
+            file=sys.stderr,
+        )
+        return 2
+    description = inspect.getdoc(module)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(f"compression-plugins {name}", description=description, formatter_class=formatter)
+    module.add_arguments(parser)
+    try:
+        return module.run(parser.parse_args(arguments))
+    except CompressionError as error:
+        print(f"compression-plugins {name}: {error}", file=sys.stderr)
+        return 2
 
 
 def schemes_text() -> str:

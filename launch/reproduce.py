@@ -30,20 +30,23 @@ EXPERIMENTS = {
     "marsit-accuracy": "launch.experiments.marsit_accuracy",
     "marsit-deviation": "launch.experiments.marsit_deviation",
     "marsit-k": "launch.experiments.marsit_k",
+    "codecs": "launch.experiments.codecs",
 }
-PAGES = Path(__file__).parents[1] / "docs/methods"
+PAGES = Path(__file__).parents[1] / "docs"
 
 
 def publish(name: str, out: Path, pages: Path = PAGES) -> Path:
-    """Put the picture beside the page of the method, and the table between the page's marks of this experiment."""
+    """Put the table between the marks of this experiment, in the page under `pages` that has them, and the picture
+    beside that page.
+    """
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    for path in sorted(pages.glob("*.md")):
+    for path in sorted(pages.glob("**/*.md")):
         text = path.read_text(encoding="utf-8")
         if text.count(begin) == text.count(end) == 1 and text.index(begin) < text.index(end):
             before, after = text.split(begin)[0], text.split(end)[1]
             table = (out / f"{name}.md").read_text(encoding="utf-8")
             path.write_text(f"{before}{begin}\n{table}{end}{after}", encoding="utf-8")
-            shutil.copy(out / f"{name}.png", pages / f"{name}.png")
+            shutil.copy(out / f"{name}.png", path.parent / f"{name}.png")
             return path
     raise CompressionError(f"no page in {pages} has the marks {begin} and {end}, once each and in this order")
 
@@ -54,7 +57,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="name the experiments and stop")
     parser.add_argument("--quick", action="store_true", help="a small version that ends within a minute")
     parser.add_argument("--out", type=Path, help="folder of the results; default out/reproduce/NAME")
-    parser.add_argument("--publish", action="store_true", help="write the result into docs/methods")
+    parser.add_argument("--publish", action="store_true", help="write the result into its page under docs")
     args = parser.parse_args()
     if args.list:
         for name, module in EXPERIMENTS.items():
