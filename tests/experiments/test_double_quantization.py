@@ -84,6 +84,7 @@ def test_asylpg_logistic_saves_bits_on_both_sets_and_time_where_messages_are_lar
     assert quantized["objective"] == pytest.approx(dense["objective"], rel=0.01)
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(REASON is not None, reason=f"no network laboratory here: {REASON}")
 def test_asylpg_netlab_is_faster_by_transmission_and_counts_what_crosses_the_interface(tmp_path: Path) -> None:
     runs = {run["method"]: run for run in runs_of("asylpg-netlab", tmp_path, "faster than asyfpg")}

@@ -15,6 +15,8 @@ from launch import netlab
 from launch.jobs import Job, JobError
 from launch.netlab import NetLab
 
+pytestmark = pytest.mark.alone
+
 REASON = netlab.available()
 needs_lab = pytest.mark.skipif(REASON is not None, reason=f"no network laboratory here: {REASON}")
 

@@ -24,6 +24,8 @@ from compression_plugins.parameter_server.server import Server
 from .test_trainer import launch
 from .world import data, linear
 
+pytestmark = pytest.mark.alone
+
 FAST: dict[str, Any] = {"lr": 0.1, "inner_steps": 10, "workers": 2, "progress": False}
 
 

@@ -6,6 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+pytestmark = pytest.mark.alone
+
 
 def test_a_rank_that_never_comes_is_reported_and_one_that_dies_ends_the_job(horovodrun: Callable[..., Any]) -> None:
     job = horovodrun(script="failures.py", status=None, timeout=90)
