@@ -27,7 +27,7 @@ class LocalWorld:
     def __init__(self, size: int) -> None:
         self.size = size
         self._posts: dict[tuple[str, int], dict[int, tuple[str, Tensor, object]]] = {}
-        self._results: dict[tuple[str, int], list[Tensor]] = {}
+        self._results: dict[tuple[str, int], dict[int, Tensor]] = {}  # until every rank has taken its own
         self.transports = [LocalTransport(self, rank) for rank in range(size)]
 
     def post(self, key: tuple[str, int], rank: int, kind: str, x: Tensor, argument: object) -> None:
@@ -38,7 +38,8 @@ class LocalWorld:
             if len(kinds) > 1:
                 raise RuntimeError(f"operation {key}: ranks disagree on what it is: {sorted(kinds)}")
             inputs = [posts[r][1] for r in range(self.size)]
-            self._results[key] = _OPERATIONS[kind](inputs, [posts[r][2] for r in range(self.size)])
+            results = _OPERATIONS[kind](inputs, [posts[r][2] for r in range(self.size)])
+            self._results[key] = dict(enumerate(results))
             del self._posts[key]
 
     def ready(self, key: tuple[str, int]) -> bool:
@@ -47,7 +48,11 @@ class LocalWorld:
     def take(self, key: tuple[str, int], rank: int) -> Tensor:
         if not self.ready(key):
             raise RuntimeError(f"operation {key} waits for a rank that has not posted: drive all ranks' jobs together")
-        return self._results[key][rank]
+        results = self._results[key]
+        result = results.pop(rank)
+        if not results:
+            del self._results[key]
+        return result
 
 
 class LocalTransport(Transport):

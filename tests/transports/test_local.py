@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
+import torch
 
 from compression_plugins.transports.local import LocalWorld
 
@@ -23,3 +26,10 @@ def test_local_keeps_the_contract(size: int) -> None:
                 except StopIteration:
                     handles[rank] = None
                     done += 1
+
+
+def test_nothing_is_kept_of_an_operation_that_every_rank_has_finished() -> None:
+    world = LocalWorld(3)
+    handles = [transport.all_reduce(torch.ones(1000)) for transport in world.transports]
+    results = [weakref.ref(handle.wait()) for handle in handles]
+    assert [result() for result in results] == [None] * 3 and handles[0].poll() is False
