@@ -34,7 +34,7 @@ RUN_ELSEWHERE = {
     "compression-plugins rates net:example": ("tests/core/test_rates.py", "net:example"),
     "python -m compression_plugins.install_horovod": ("launch/bootstrap.py", "install_horovod"),
 }
-QUICK = ("compression-plugins schemes", "compression-plugins show", "python -m launch")
+QUICK = ("compression-plugins schemes", "compression-plugins show", "compression-plugins advise", "python -m launch")
 JOBS = ("horovodrun ", "deepspeed ", "compression-plugins horovodrun ")
 
 

@@ -1,0 +1,172 @@
+"""The time of a training step: one compute thread, one wire, and the order in which a host framework uses them.
+
+Horovod: a hook a gradient, in the order in which backward completes them. The last gradient of a bucket encodes it and
+starts its first operation; every later hook continues what the wire has finished; `synchronize()` drains the rest level
+by level. Without compression tensors are all-reduced as they come; what waits while the wire is busy is fused.
+DeepSpeed (stage 0): all of backward, then one buffer, reduced scheme by scheme; nothing overlaps.
+
+The wire serves operations one after the other. On a CPU, what moves bytes takes time from what computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ..config import Config
+from ..plan import Bucket, make_plan
+from ..schemes.base import Scheme
+from .compute import Compute
+from .network import Network
+from .simulate import Host, Job, Machine, Run
+from .work import Work, sent_bytes
+
+#: Copies of the gradient that DeepSpeed makes: into its buffer, the mean, back; and four more around a reducer.
+_BUFFER_PASSES, _REDUCER_PASSES = 3, 4
+
+
+@dataclass(frozen=True)
+class Step:
+    """A predicted step of one rank; seconds and bytes are means over steps.
+
+    Attributes:
+        step_s: all of it.
+        usual_s: a step of the kind that is most frequent.
+        compute_s: without any communication.
+        codec_s: scheme code and copies on the compute thread.
+        wire_s: the wire is in use.
+        exposed_s: step_s - compute_s.
+        sent_bytes: by one rank.
+    """
+
+    step_s: float
+    usual_s: float
+    compute_s: float
+    codec_s: float
+    wire_s: float
+    exposed_s: float
+    sent_bytes: float
+
+
+#: Kinds of steps of one bucket; see `Profile.works`.
+WorksOf = Callable[[Bucket], Sequence[Work]]
+
+
+def step(
+    config: Config | None,
+    compute: Compute,
+    network: Network,
+    works_of: WorksOf,
+    host: Host = "horovod",
+    machine: Machine | None = None,
+    model_side: Callable[[Scheme, int], float] | None = None,
+) -> Step:
+    """Predict the step with `config`, or with the host's own dense all-reduce for None and `scheme: none`.
+
+    Args:
+        works_of: what a rank does for a bucket.
+        model_side: seconds a step for weights of so many elements, of a scheme that also quantizes these.
+    """
+    machine = machine or Machine()
+    if config is None or (config.scheme.host_dense and not config.rules):
+        return _dense(compute, network, host, machine)
+    plan = make_plan(config, compute.specs)
+    buckets = list(plan.buckets) if host == "horovod" else _parts(plan.buckets)
+    kinds = [works_of(bucket) for bucket in buckets]
+    extra = 0.0
+    if model_side is not None:
+        for scheme in dict.fromkeys(row.scheme for row in plan.rows):
+            extra += model_side(scheme, sum(row.numel for row in plan.rows if row.scheme == scheme))
+    shares = max(([work.share for work in works] for works in kinds), key=len)
+    means, usual = [0.0] * 4, (0.0, -1.0)
+    for i, share in enumerate(shares):
+        works = [works[min(i, len(works) - 1)] for works in kinds]
+        run = Run(network, host, machine)
+        (_horovod if host == "horovod" else _deepspeed)(run, compute, buckets, works)
+        run.code(extra)
+        values = (run.now, run.codec_s, run.wire.busy_s, sum(work.sent(network.size) for work in works))
+        means = [mean + share * value for mean, value in zip(means, values)]
+        usual = max(usual, (share, run.now))
+    step_s, codec_s, wire_s, sent = means
+    return Step(step_s, usual[1], compute.step_s, codec_s, wire_s, step_s - compute.step_s, sent)
+
+
+def _dense(compute: Compute, network: Network, host: Host, machine: Machine) -> Step:
+    run = Run(network, host, machine)
+    sizes = [spec.numel * _itemsize(spec.dtype) for spec in compute.specs]
+    if host == "horovod":
+        transfers = []
+        for i in _backward(run, compute):
+            transfers.append(run.post("all_reduce", sizes[i]))
+        run.finish_backward(compute.backward_s)
+        for transfer in transfers:
+            run.wait(transfer)
+    else:
+        run.compute(compute.forward_s + compute.backward_s)
+        run.code(_BUFFER_PASSES * 2 * sum(sizes) / machine.copy_rate)
+        run.wait(run.post("all_reduce", sum(sizes)))
+    run.compute(compute.update_s)
+    sent = sent_bytes("all_reduce", sum(sizes), network.size)
+    exposed = run.now - compute.step_s
+    return Step(run.now, run.now, compute.step_s, run.codec_s, run.wire.busy_s, exposed, sent)
+
+
+def _horovod(run: Run, compute: Compute, buckets: Sequence[Bucket], works: Sequence[Work]) -> None:
+    place = {segment.name: i for i, bucket in enumerate(buckets) for segment in bucket.segments}
+    missing = [len(bucket.segments) for bucket in buckets]
+    jobs: list[Job] = []
+    for i in _backward(run, compute):
+        spec = compute.specs[i]
+        at = place[spec.name]
+        if len(buckets[at].segments) > 1:
+            run.code(2 * 4 * spec.numel / run.machine.copy_rate)
+        missing[at] -= 1
+        if not missing[at]:
+            jobs.append(Job(run, works[at]))
+        for job in jobs:
+            job.poll()
+    run.finish_backward(compute.backward_s)
+    _drain(jobs)
+    run.compute(compute.update_s)
+
+
+def _deepspeed(run: Run, compute: Compute, buckets: Sequence[Bucket], works: Sequence[Work]) -> None:
+    run.compute(compute.forward_s + compute.backward_s)
+    run.code((_BUFFER_PASSES + _REDUCER_PASSES) * 2 * 4 * compute.numel / run.machine.copy_rate)
+    _drain([Job(run, work) for work in works])
+    run.compute(compute.update_s)
+
+
+def _drain(jobs: list[Job]) -> None:
+    """As `Reducer.drain`: level by level."""
+    jobs = [job for job in jobs if not job.done]
+    while jobs:
+        level = min(job.phase for job in jobs)
+        for job in jobs:
+            if job.phase == level:
+                job.advance()
+        jobs = [job for job in jobs if not job.done]
+
+
+def _backward(run: Run, compute: Compute) -> Iterator[int]:
+    """Runs forward, then yields gradients as backward completes them."""
+    run.compute(compute.forward_s)
+    for i in sorted(range(len(compute.specs)), key=lambda i: (compute.ready_s[i], -i)):
+        run.compute(compute.ready_s[i] - run.backward_s)
+        run.backward_s = compute.ready_s[i]
+        yield i
+
+
+def _parts(buckets: Sequence[Bucket]) -> list[Bucket]:
+    """DeepSpeed reduces one buffer: all tensors of a scheme together."""
+    groups: dict[tuple[Scheme, str], list[Bucket]] = {}
+    for bucket in buckets:
+        groups.setdefault((bucket.scheme, bucket.device), []).append(bucket)
+    return [
+        Bucket(scheme, tuple(segment for bucket in members for segment in bucket.segments), device)
+        for (scheme, device), members in groups.items()
+    ]
+
+
+def _itemsize(dtype: str) -> int:
+    return {"float64": 8, "float16": 2, "bfloat16": 2}.get(dtype, 4)
