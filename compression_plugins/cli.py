@@ -16,7 +16,6 @@ from .config import Config, parse_assignments
 from .errors import CompressionError
 from .schemes.base import Segment
 
-
 #: Commands with a parser of their own, imported when called.
 COMMANDS = {
     "advise": ("compression_plugins.advise.command", "which scheme pays on your network, and how much"),

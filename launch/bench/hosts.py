@@ -1,0 +1,100 @@
+"""Starts a cell's job as its user would: `horovodrun`, `deepspeed` or `torchrun`, with stock command lines."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from compression_plugins.telemetry import ENVIRONMENT_VARIABLE as TELEMETRY
+from launch import netlab
+from launch.jobs import Job, Loopback, tool
+from launch.netlab import NetLab
+
+from .cells import Cell
+from .settings import ROOT, UNLIMITED, Choice
+
+Lab = NetLab | Loopback
+
+
+def laboratory(ranks: int, rate: str) -> Lab:
+    """A network of its own for every rank; without root, loopback for an unlimited rate.
+
+    Raises:
+        netlab.NetLabError: a limited rate, where no network can be emulated.
+    """
+    reason = netlab.available()
+    if reason is None:
+        return NetLab(ranks, None if rate == UNLIMITED else rate)
+    if rate == UNLIMITED:
+        return Loopback(ranks)
+    raise netlab.NetLabError(f"no links of {rate} here: {reason}; `rates: [{UNLIMITED}]` needs none")
+
+
+def environment(folder: Path | None = None) -> dict[str, str]:
+    """Variables of every rank; `folder` receives rank 0's counters of the compression."""
+    found = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    if folder:
+        found[TELEMETRY] = str(folder / "telemetry.jsonl")
+    return found
+
+
+def start(lab: Lab, cell: Cell, choice: Choice, folder: Path, batch: int) -> Job:
+    """The job of a speed or accuracy cell, which records into `folder`.
+
+    Args:
+        batch: samples a rank and step, which DeepSpeed's config wants to know.
+    """
+    script = ["-m", f"launch.bench.worker_{cell.host}", *_arguments(cell, choice, folder, lab.interface)]
+    log = folder / "log.txt"
+    if cell.host == "horovod":
+        flags = ["--compression", choice.source] if choice.source else []
+        return lab.horovod([sys.executable, *script], flags, environment(folder), log)
+    if cell.host == "deepspeed":
+        config = folder / "ds_config.json"
+        config.write_text(json.dumps(_deepspeed_config(choice, batch), indent=2))
+        command = ["--module", *script[1:], "--deepspeed_config", str(config)]
+        return lab.deepspeed(command, free_port(), environment(folder), log)
+    return _torchrun(lab, ["--module", *script[1:]], log)
+
+
+def _arguments(cell: Cell, choice: Choice, folder: Path, interface: str) -> list[str]:
+    found = ["--model", cell.model, "--steps", str(cell.warmup_steps + cell.steps), "--seed", str(cell.seed)]
+    found += ["--evaluate-every", str(cell.evaluate_every), "--record", str(folder), "--interface", interface]
+    if choice.peer:
+        found += ["--peer", choice.label.partition("/")[2]]
+    if cell.compute_ms is not None:
+        found += ["--compute-ms", str(cell.compute_ms)]
+    return found
+
+
+def _deepspeed_config(choice: Choice, batch: int) -> dict[str, object]:
+    config: dict[str, object] = {
+        "train_micro_batch_size_per_gpu": batch,
+        "zero_optimization": {"stage": 0},
+        "gradient_clipping": 0.0,  # DeepSpeed clips at 1.0 by default, the other hosts not at all
+    }
+    if choice.source:
+        config["communication_compression"] = {"file": choice.source} if "/" in choice.source else choice.config
+    return config
+
+
+def _torchrun(lab: Lab, command: Sequence[str], log: Path) -> Job:
+    launcher = [tool("torchrun"), "--nnodes", str(lab.hosts if isinstance(lab, NetLab) else 1)]
+    if isinstance(lab, Loopback):
+        local = ["--nproc_per_node", str(lab.hosts), "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+        return Job([[*launcher, *local, *command]], environment(), log)
+    where = ["--master_addr", lab.addresses[0], "--master_port", "29500"]
+    commands = [
+        [*launcher, "--nproc_per_node", "1", "--node_rank", str(rank), *where, *command] for rank in range(lab.hosts)
+    ]
+    return lab.on_hosts(commands, {"GLOO_SOCKET_IFNAME": lab.interface, **environment()}, log)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
