@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .adapters.horovod_launch import main as horovodrun
 
         return horovodrun(arguments[1:])
+    if arguments and arguments[0].startswith("--local_rank="):  # DeepSpeed's launcher puts it first
+        del arguments[0]
     parser = argparse.ArgumentParser(
         prog="compression-plugins", description="Communication compression for Horovod and DeepSpeed."
     )

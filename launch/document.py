@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 # Okabe and Ito's palette: distinguishable for colour-blind readers, in print too.
 COLOURS = ["#555555", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B8A800"]
@@ -92,27 +92,34 @@ class Table:
         return f"<table><thead><tr>{cells('th', self.headers)}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
 
 
+class Part(Protocol):
+    """What a page is made of: a `Table`, or anything else that knows its HTML."""
+
+    def html(self) -> str: ...
+
+
 def page(
-    title: str, facts: Mapping[str, str], figures: Sequence[Any], tables: Sequence[Table], notes: Sequence[str]
+    title: str, facts: Mapping[str, str], figures: Sequence[Any], parts: Sequence[Part], notes: Sequence[str]
 ) -> str:
     """Self-contained HTML: no script, no request; matplotlib's figures are inline SVG."""
     return _PAGE.format(
         title=html.escape(title),
         facts="".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items()),
-        figures="\n".join(map(_svg, figures)),
-        tables="\n".join(table.html() for table in tables),
+        figures="\n".join(map(svg, figures)),
+        parts="\n".join(part.html() for part in parts),
         notes="\n".join(f"<li>{html.escape(note)}</li>" for note in notes),
     )
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
+    """A matplotlib figure as an element of a page."""
     import matplotlib
 
     drawing = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "figure", "font.family": "sans-serif"}):
         figure.savefig(drawing, format="svg", metadata={"Date": None})
-    svg = drawing.getvalue()
-    return svg[svg.index("<svg") :]
+    text = drawing.getvalue()
+    return text[text.index("<svg") :]
 
 
 _PAGE = """<!doctype html>
@@ -133,7 +140,7 @@ _PAGE = """<!doctype html>
 <h1>{title}</h1>
 <dl>{facts}</dl>
 {figures}
-{tables}
+{parts}
 <ul>
 {notes}
 </ul>

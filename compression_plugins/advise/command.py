@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     chosen.add_argument("--schemes", nargs="+", metavar="NAME", help="candidates (default all); none, bf16 always are")
     chosen.add_argument("--config", action="append", default=[], metavar="FILE", help="one more candidate; repeatable")
     chosen.add_argument("--margin", type=float, default=5.0, metavar="%", help="by which a compressor must win (5)")
-    parser.add_argument("--host", choices=("horovod", "deepspeed"), help="host framework (default: the launcher's)")
+    parser.add_argument("--framework", choices=("horovod", "deepspeed"), help="of the job (default: its launcher's)")
     parser.add_argument("--json", metavar="FILE", help="write one JSON line a scheme")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
 
@@ -100,7 +100,9 @@ def _advise(
     plans = [make_plan(config, compute.specs) for config in candidates.values()]
     largest = max((bucket.numel for plan in plans for bucket in plan.buckets), default=1)
     codecs = Codecs(device, largest, scale)
-    host: Host = options.host or ("deepspeed" if transport is not None and hasattr(transport, "group") else "horovod")
+    host: Host = options.framework or (
+        "deepspeed" if transport is not None and hasattr(transport, "group") else "horovod"
+    )
 
     def at(row: Row, on: Given | Measured) -> Any:
         return _step(row.config, row.label, compute, on, codecs, host, machine)

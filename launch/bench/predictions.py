@@ -62,6 +62,4 @@ def start(lab: Lab, cell: Cell, command: list[str], log: Path) -> Job:
     """The job: every rank runs the command, as a rank of the host's launcher."""
     if cell.host == "horovod":
         return lab.horovod([sys.executable, "-m", "compression_plugins", *command], (), environment(), log)
-    return lab.deepspeed(
-        ["--no_local_rank", "--module", "compression_plugins", *command], free_port(), environment(), log
-    )
+    return lab.deepspeed(["--module", "compression_plugins", *command], free_port(), environment(), log)

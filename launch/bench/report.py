@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import cast
 
 from compression_plugins.errors import CompressionError, ConfigError, nearest
-from launch.document import Table, page
+from launch.document import page
 
 from .analysis import Results
 from .sections import sections
@@ -78,8 +78,7 @@ def write(
         (out / f"{section.name}.md").write_text(section.markdown() + _measured(results), encoding="utf-8")
     failures = [_failure(row) for row in results.failures]
     # A section has a table's `html`, and is more: heading, picture, tables and their notes in one place.
-    parts = cast(Sequence[Table], found)
-    html = page("Does compression help? Measured", _facts(results), [], parts, failures)
+    html = page("Does compression help? Measured", _facts(results), [], found, failures)
     path = out / "index.html"
     path.write_text(html.replace("</style>", f"{_STYLE}</style>", 1), encoding="utf-8")
     if publish_too:

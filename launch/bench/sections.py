@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
-from launch.document import Table, _svg
+from launch.document import Table, svg
 
 from . import figures
 from .analysis import (
@@ -42,7 +42,7 @@ class Section:
     notes: Sequence[str]
 
     def html(self) -> str:
-        parts = [f"<section><h2>{html.escape(self.title)}</h2>", _svg(self.figure), *(t.html() for t in self.tables)]
+        parts = [f"<section><h2>{html.escape(self.title)}</h2>", svg(self.figure), *(t.html() for t in self.tables)]
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
         return "\n".join([*parts, f"<ul class=notes>{notes}</ul></section>"])
 

@@ -71,7 +71,7 @@ def test_json_has_a_line_for_each_scheme_with_all_that_it_was_made_of(
     path, own = tmp_path / "rows.jsonl", tmp_path / "own.yaml"
     own.write_text("scheme: scalecom\nratio: 20\n")
     arguments = ("--ranks", "4", "--bandwidth", "1Gb", "--shapes", "mlp", "--compute-ms", "10", "--json", str(path))
-    assert advise(*arguments, "--schemes", "fake", "--config", str(own), "--host", "deepspeed") == 0
+    assert advise(*arguments, "--schemes", "fake", "--config", str(own), "--framework", "deepspeed") == 0
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["label"] for row in rows] == ["none", "bf16", "fake", str(own)]
     assert sum(row["recommended"] for row in rows) == 1
