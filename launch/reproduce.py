@@ -31,6 +31,7 @@ EXPERIMENTS = {
     "marsit-deviation": "launch.experiments.marsit_deviation",
     "marsit-k": "launch.experiments.marsit_k",
     "codecs": "launch.experiments.codecs",
+    "scale": "launch.experiments.scale",
 }
 PAGES = Path(__file__).parents[1] / "docs"
 
