@@ -79,6 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     short = "import sys\nsys.argv += ['--steps', '3', '--width', '64', '--record', 'record']\n"
     (place / "train.py").write_text(f"{short}from launch.train import main\nmain()\n")
     (place / "train_deepspeed.py").write_text(f"{short}from launch.train_deepspeed import main\nmain()\n")
+    (place / "launch").symlink_to(ROOT / "launch")  # commands that need the repository are typed in a clone of it
     (place / "scalecom.yaml").write_text((ROOT / "configs/scalecom.yaml").read_text())
     documents = {
         "job.yaml": next(text for page, text in blocks("yaml") if page == "horovod.md" and "compression:" in text),
