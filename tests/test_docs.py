@@ -32,10 +32,6 @@ RUN_ELSEWHERE = {
     "pip install .": ("tests/test_packaging.py", "build_wheel"),
     'pip install ".[deepspeed]"': ("launch/bootstrap.py", "deepspeed"),
     "compression-plugins rates net:example": ("tests/core/test_rates.py", "net:example"),
-    "compression-plugins bench launch/bench/quick.yaml": (
-        "tests/launch/test_bench_command.py",
-        '"launch/bench/quick.yaml"',
-    ),
     "compression-plugins report out/bench/quick/results.jsonl --out out/report": (
         "tests/launch/test_bench_command.py",
         'command("report"',

@@ -125,3 +125,26 @@ def test_an_interruption_ends_the_job_and_leaves_no_row(tmp_path: Path, monkeypa
             runner.run([CELL])
         assert not store.rows
     assert job._processes[0].poll() is not None
+
+
+@pytest.mark.hosts
+def test_a_real_cell_counts_the_bytes_that_bf16_sends_and_is_done_then(tmp_path: Path) -> None:
+    from compression_plugins.config import Config
+    from launch.bench.provenance import provenance
+
+    config = Config.load("bf16").to_dict()
+    choice = Choice("bf16", config, "bf16")
+    cell = Cell("speed", "horovod", "bf16", "mlp", 2, "unlimited", 0, 2, 1, config=config)
+    file = tmp_path / "experiment.yaml"
+    file.write_text("")
+    with Store(tmp_path / "results.jsonl") as store:
+        runner = Runner(store, tmp_path / "runs", {"bf16": choice}, provenance(file), 120)
+        runner.run([cell])
+        row = store.rows[cell.key]
+        assert "error" not in row, row["error"]
+        assert runner.run([cell]).measured == 0
+    payload = 2 * row["numel"]  # each of two ranks: half of the sum, and half of the mean, in two bytes
+    assert 0.99 * payload < row["payload_bytes"] < 1.01 * payload
+    assert payload < row["sent_bytes"] < 1.3 * payload
+    assert 0 < row["compute_s"] and 0 < row["step_s"] and row["ratio"] == pytest.approx(2, rel=0.01)
+    assert row["provenance"]["versions"]["torch"] and row["provenance"]["experiment"] == "experiment"
