@@ -42,7 +42,7 @@ class Job:
     def advance(self) -> None:
         """Block until the operation in flight is done, and start the next."""
         if not self.done:
-            with self._reducer.seconds.waiting():
+            with self._reducer.seconds.spent("exposed"):
                 value = self._handle.wait()  # type: ignore[union-attr]
             self._reducer.seconds.landed()
             self._send(value)
@@ -56,7 +56,7 @@ class Job:
         return self._result
 
     def _send(self, value: Tensor | None) -> None:
-        with self._reducer.seconds.coding(first=self.phase == 0):
+        with self._reducer.seconds.spent("decode" if self.phase else "encode"):
             try:
                 self._handle = self._reduction.send(value)
             except StopIteration as stop:

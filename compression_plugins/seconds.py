@@ -1,4 +1,4 @@
-"""Where a reducer's time goes, as the host sees it."""
+"""Where time goes, as the host sees it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Seconds:
-    """Sums over all steps so far. On CUDA, where kernels and collectives run behind the host's back, they are the
-    host's share only.
+class Spent:
+    """Sums of stretches of wall clock, in seconds, each an attribute of its own."""
+
+    @contextmanager
+    def spent(self, on: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, on, getattr(self, on) + time.perf_counter() - begin)
+
+
+class Seconds(Spent):
+    """Of a reducer, over all steps so far. On CUDA, where kernels and collectives run behind the host's back, they are
+    the host's share only.
 
     Attributes:
         encode: of scheme code before a bucket's first operation.
@@ -23,26 +35,6 @@ class Seconds:
         self.encode = self.decode = self.wire = self.exposed = 0.0
         self.in_flight = 0
         self._since = 0.0
-
-    @contextmanager
-    def coding(self, first: bool) -> Iterator[None]:
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - begin
-            if first:
-                self.encode += spent
-            else:
-                self.decode += spent
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.exposed += time.perf_counter() - begin
 
     def launched(self) -> None:
         if not self.in_flight:

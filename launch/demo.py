@@ -15,7 +15,6 @@ import argparse
 import json
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -27,12 +26,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from launch.document import Machine
-from launch.jobs import Job, JobError, Loopback
+from launch.jobs import ROOT, Job, JobError, Loopback, environment, free_port
 from launch.netlab import NetLab, available
 from launch.report import Report
 from launch.results import Result, read_records, read_run
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "demo"
 SCHEMES = ("none", "bf16", "powersgd", "scalecom", "marsit", "double_quantization")
 DEEPSPEED_SCHEMES = ("none", "scalecom")
@@ -78,7 +76,7 @@ def start_horovod(lab: NetLab | Loopback, scheme: str, settings: Settings, folde
     flags = [] if scheme == "none" else ["--compression", config_of(scheme)]
     script = [sys.executable, "-m", "launch.train", "--batch", str(settings.batch)]
     arguments = settings.script_arguments(folder, lab.interface, seed)
-    return lab.horovod([*script, *arguments], flags, _environment(), folder / "log.txt")
+    return lab.horovod([*script, *arguments], flags, environment(), folder / "log.txt")
 
 
 def start_deepspeed(lab: NetLab | Loopback, scheme: str, settings: Settings, folder: Path, seed: int) -> Job:
@@ -95,17 +93,7 @@ def start_deepspeed(lab: NetLab | Loopback, scheme: str, settings: Settings, fol
     path.write_text(json.dumps(config, indent=2))
     command = ["--module", "launch.train_deepspeed", "--deepspeed_config", str(path)]
     arguments = settings.script_arguments(folder, lab.interface, seed)
-    return lab.deepspeed([*command, *arguments], free_port(), _environment(), folder / "log.txt")
-
-
-def _environment() -> dict[str, str]:
-    return {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    return lab.deepspeed([*command, *arguments], free_port(), environment(), folder / "log.txt")
 
 
 def follow(job: Job, folder: Path, label: str, settings: Settings, console: Console, limit_s: float) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ..seconds import Spent
 from . import messages
 from .messages import Kind, Message
 
@@ -36,7 +34,7 @@ class Traffic:
 
 
 @dataclass
-class Seconds:
+class Seconds(Spent):
     """Where the time of one process went, in seconds of its wall clock; nothing depends on it.
 
     Attributes:
@@ -48,14 +46,6 @@ class Seconds:
     computing: float = 0.0
     coding: float = 0.0
     waiting: float = 0.0
-
-    @contextmanager
-    def spent(self, on: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            setattr(self, on, getattr(self, on) + time.perf_counter() - begin)
 
 
 @dataclass

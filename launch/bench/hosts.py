@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from compression_plugins.telemetry import ENVIRONMENT_VARIABLE as TELEMETRY
 from launch import netlab
-from launch.jobs import Job, Loopback, tool
+from launch.jobs import Job, Loopback, environment, free_port, tool
 from launch.netlab import NetLab
 
 from .cells import Cell
-from .settings import ROOT, UNLIMITED, Choice
+from .settings import UNLIMITED, Choice
 
 Lab = NetLab | Loopback
 
@@ -33,14 +32,6 @@ def laboratory(ranks: int, rate: str) -> Lab:
     raise netlab.NetLabError(f"no links of {rate} here: {reason}; `rates: [{UNLIMITED}]` needs none")
 
 
-def environment(folder: Path | None = None) -> dict[str, str]:
-    """Variables of every rank; `folder` receives rank 0's counters of the compression."""
-    found = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    if folder:
-        found[TELEMETRY] = str(folder / "telemetry.jsonl")
-    return found
-
-
 def start(lab: Lab, cell: Cell, choice: Choice, folder: Path, batch: int) -> Job:
     """The job of a speed or accuracy cell, which records into `folder`.
 
@@ -48,15 +39,15 @@ def start(lab: Lab, cell: Cell, choice: Choice, folder: Path, batch: int) -> Job
         batch: samples a rank and step, which DeepSpeed's config wants to know.
     """
     script = ["-m", f"launch.bench.worker_{cell.host}", *_arguments(cell, choice, folder, lab.interface)]
-    log = folder / "log.txt"
+    log, variables = folder / "log.txt", {**environment(), TELEMETRY: str(folder / "telemetry.jsonl")}
     if cell.host == "horovod":
         flags = ["--compression", choice.source] if choice.source else []
-        return lab.horovod([sys.executable, *script], flags, environment(folder), log)
+        return lab.horovod([sys.executable, *script], flags, variables, log)
     if cell.host == "deepspeed":
         config = folder / "ds_config.json"
         config.write_text(json.dumps(_deepspeed_config(choice, batch), indent=2))
         command = ["--module", *script[1:], "--deepspeed_config", str(config)]
-        return lab.deepspeed(command, free_port(), environment(folder), log)
+        return lab.deepspeed(command, free_port(), variables, log)
     return _torchrun(lab, ["--module", *script[1:]], log)
 
 
@@ -91,10 +82,3 @@ def _torchrun(lab: Lab, command: Sequence[str], log: Path) -> Job:
         [*launcher, "--nproc_per_node", "1", "--node_rank", str(rank), *where, *command] for rank in range(lab.hosts)
     ]
     return lab.on_hosts(commands, {"GLOO_SOCKET_IFNAME": lab.interface, **environment()}, log)
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

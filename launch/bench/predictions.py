@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from compression_plugins.advise.choose import BASELINES
-from launch.jobs import Job
+from launch.jobs import Job, environment, free_port
 from launch.results import read_records
 
 from .cells import Cell
-from .hosts import Lab, environment, free_port
+from .hosts import Lab
 from .settings import REAL_MODELS, Choice
 
 

@@ -54,6 +54,23 @@ class Host(Protocol):
         """More facts for the record, such as the memory a peer's compression holds."""
 
 
+class OrdinaryStep:
+    """The step of a script whose host works behind `backward()` and `optimizer.step()`."""
+
+    _net: nn.Module
+    _optimizer: Optimizer
+    _schedule: LRScheduler | None
+
+    def step(self, loss_of: Loss) -> Tensor:
+        self._optimizer.zero_grad()
+        loss = loss_of(self._net)
+        loss.backward()
+        self._optimizer.step()
+        if self._schedule:
+            self._schedule.step()
+        return loss
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options of every worker."""
     found = argparse.ArgumentParser(description=description)

@@ -13,40 +13,33 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .worker import Loss, parser, train
+from .worker import OrdinaryStep, parser, train
 
 
-class DDP:
+class DDP(OrdinaryStep):
+    _net: DistributedDataParallel
+
     def __init__(self, peer: str) -> None:
         dist.init_process_group("gloo")
         self.rank, self.ranks, self._peer = dist.get_rank(), dist.get_world_size(), peer
         self._power: powerSGD_hook.PowerSGDState | None = None
 
     def prepare(self, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler | None, batch: int) -> None:
-        self._ddp, self._optimizer, self._schedule = DistributedDataParallel(model), optimizer, schedule
+        self._net, self._optimizer, self._schedule = DistributedDataParallel(model), optimizer, schedule
         if self._peer == "fp16":
-            self._ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
+            self._net.register_comm_hook(None, default_hooks.fp16_compress_hook)
         elif self._peer == "bf16":
             # PyTorch's hook under another name: DDP refuses that name on CPU, for want of a version of NCCL.
-            self._ddp.register_comm_hook(None, lambda state, bucket: default_hooks.bf16_compress_hook(state, bucket))
+            self._net.register_comm_hook(None, lambda state, bucket: default_hooks.bf16_compress_hook(state, bucket))
         elif self._peer == "powersgd":
             # Two dense steps, the fewest that it allows; the default of 1000 would outlast the run.
             self._power = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2)
-            self._ddp.register_comm_hook(self._power, _one_after_the_other(powerSGD_hook.powerSGD_hook))
+            self._net.register_comm_hook(self._power, _one_after_the_other(powerSGD_hook.powerSGD_hook))
         elif self._peer != "none":
             raise ValueError(f"DDP has no hook {self._peer!r}")
 
-    def step(self, loss_of: Loss) -> Tensor:
-        self._optimizer.zero_grad()
-        loss = loss_of(self._ddp)
-        loss.backward()
-        self._optimizer.step()
-        if self._schedule:
-            self._schedule.step()
-        return loss
-
     def model(self) -> nn.Module:
-        return self._ddp.module
+        return self._net.module
 
     def barrier(self) -> None:
         dist.barrier()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import horovod.torch as hvd
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .worker import Loss, parser, train
+from .worker import OrdinaryStep, parser, train
 
 
-class Horovod:
+class Horovod(OrdinaryStep):
     def __init__(self, peer: str) -> None:
         hvd.init()
         self.rank, self.ranks = hvd.rank(), hvd.size()
@@ -20,19 +20,10 @@ class Horovod:
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
         names = model.named_parameters()
         self._optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=names, compression=self._compression)
-        self._model, self._schedule = model, schedule
-
-    def step(self, loss_of: Loss) -> Tensor:
-        self._optimizer.zero_grad()
-        loss = loss_of(self._model)
-        loss.backward()
-        self._optimizer.step()
-        if self._schedule:
-            self._schedule.step()
-        return loss
+        self._net, self._schedule = model, schedule
 
     def model(self) -> nn.Module:
-        return self._model
+        return self._net
 
     def barrier(self) -> None:
         hvd.barrier()

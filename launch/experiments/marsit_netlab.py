@@ -12,9 +12,9 @@ from typing import Any
 
 from compression_plugins.errors import CompressionError
 from launch import netlab
-from launch.demo import ROOT, Settings, config_of
+from launch.demo import Settings, config_of
 from launch.document import COLOURS, Table
-from launch.jobs import JobError
+from launch.jobs import JobError, environment
 from launch.results import Result, read_run
 
 RATE = "1gbit"
@@ -85,8 +85,7 @@ def measure(out: Path, ranks: int, settings: Settings, methods: tuple[str, ...])
                 method = METHODS[name]
                 script = [sys.executable, "-m", "launch.train", "--batch", str(settings.batch), "--lr", str(method.lr)]
                 command = [*script, *settings.script_arguments(folder.resolve(), lab.interface, seed=0)]
-                environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-                lab.horovod(command, method.flags, environment, folder / "log.txt").wait(_LIMIT_S)
+                lab.horovod(command, method.flags, environment(), folder / "log.txt").wait(_LIMIT_S)
                 yield name, read_run(folder, "horovod", name)
     except (JobError, netlab.NetLabError) as error:
         raise CompressionError(f"netlab of {ranks} hosts: {error}") from None

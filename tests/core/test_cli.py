@@ -41,3 +41,9 @@ def test_python_m_is_the_same_command() -> None:
         [sys.executable, "-m", "compression_plugins", "schemes"], capture_output=True, text=True, check=True
     )
     assert "scalecom" in done.stdout
+
+
+def test_the_rank_that_deepspeeds_launcher_puts_first_is_not_taken_for_a_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--local_rank=0", "schemes"]) == 0 and "scalecom" in capsys.readouterr().out

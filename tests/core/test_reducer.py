@@ -83,15 +83,15 @@ def test_seconds_tell_coding_waiting_and_the_time_on_the_wire_apart(monkeypatch:
         nonlocal now
         now += duration
 
-    with seconds.coding(first=True):
+    with seconds.spent("encode"):
         passes(1)
     seconds.launched()
     passes(10)  # of computation that hides the operation
     seconds.launched()
-    with seconds.waiting():
+    with seconds.spent("exposed"):
         passes(100)
     seconds.landed()
-    with seconds.coding(first=False):
+    with seconds.spent("decode"):
         passes(1000)
     seconds.landed()
     passes(10000)  # nothing is in flight

@@ -6,5 +6,5 @@ import pytest
 
 from launch import netlab
 
-#: For `pytestmark`: without namespaces the bytes are those of this machine's loopback, which everybody shares.
-COUNTS_BYTES = [pytest.mark.alone] if netlab.available() else []
+#: Without namespaces the bytes are those of this machine's loopback, which everybody shares.
+counts_bytes = pytest.mark.alone if netlab.available() else pytest.mark.hosts

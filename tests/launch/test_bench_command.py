@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from .isolation import COUNTS_BYTES
+from .isolation import counts_bytes
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = [pytest.mark.hosts, *COUNTS_BYTES]
+pytestmark = [pytest.mark.hosts, counts_bytes]
 
 
 def command(*arguments: str | Path) -> str:

@@ -17,6 +17,8 @@ from launch.bench.settings import Choice
 from launch.bench.store import Store, read
 from launch.jobs import Job, JobError, Loopback
 
+from .isolation import counts_bytes
+
 CELL = Cell("speed", "horovod", "none", "mlp", 2, "unlimited", 0, 5)
 CELLS = [replace(CELL, seed=seed) for seed in range(4)]
 
@@ -128,6 +130,7 @@ def test_an_interruption_ends_the_job_and_leaves_no_row(tmp_path: Path, monkeypa
 
 
 @pytest.mark.hosts
+@counts_bytes
 def test_a_real_cell_counts_the_bytes_that_bf16_sends_and_is_done_then(tmp_path: Path) -> None:
     from compression_plugins.config import Config
     from launch.bench.provenance import provenance

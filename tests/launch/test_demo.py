@@ -15,9 +15,9 @@ from launch import demo
 from launch.report import Report
 from launch.results import Result, read_run
 
-from .isolation import COUNTS_BYTES
+from .isolation import counts_bytes
 
-pytestmark = COUNTS_BYTES
+pytestmark = counts_bytes
 
 COLUMNS = ["accuracy %", "speed-up", "ms a step", "exposed comm. (ms)", "MB sent a step", "ratio"]
 PARAMETERS = 784 * 256 + 256 * 256 + 10 * 256 + 2 * 256 + 10  # of the quick network
