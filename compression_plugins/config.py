@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -79,8 +79,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="seed of every random choice; same on all ranks")
-    bucket_mb: Annotated[float, Field(gt=0, le=4096)] = Field(
-        25.0, description="tensors are compressed and sent in buckets of this many MiB of fp32"
+    bucket_mb: Annotated[float, Field(gt=0, le=4096)] | Literal["auto"] = Field(
+        "auto",
+        description="tensors are compressed and sent in buckets of so many MiB of fp32; auto: a quarter of all, 2 to 25",
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="optimizer steps sent dense before compression")
     min_numel: Annotated[int, Field(ge=0)] = Field(1024, description="smaller tensors travel as they are")
@@ -209,6 +210,9 @@ def _scheme(name: Any, own: dict[str, Any], where: str, others: set[str]) -> Sch
 
 
 def _first(error: ValidationError) -> str:
-    detail = error.errors()[0]
-    where = ".".join(str(part) for part in detail["loc"]) or "values"
-    return f"{where} = {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
+    detail, *others = error.errors()
+    where, message = detail["loc"], f"{detail['msg'][0].lower()}{detail['msg'][1:]}"
+    for other in others:  # of a key that takes a number or a word, pydantic reports both, under the names of its types
+        if other["type"] == "literal_error" and other["loc"][:1] == where[:1]:
+            where, message = where[:1], f"{message}, or be {other['ctx']['expected']}"
+    return f"{'.'.join(str(part) for part in where) or 'values'} = {detail['input']!r}: {message}"

@@ -15,8 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import triton_kernels as K
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -54,6 +52,16 @@ def zero_unless(healthy: Tensor, x: Tensor) -> Tensor:
     return x.where(healthy, 0)
 
 
+def nan_unless(healthy: Tensor, x: Tensor) -> Tensor:
+    """`x`, in place: what it was, or NaN everywhere where the bool scalar `healthy` is false. Branches as above."""
+    if x.is_cpu:
+        return x if healthy else x.fill_(float("nan"))
+    return x.masked_fill_(~healthy, float("nan"))
+
+
 def finite(x: Tensor) -> Tensor:
     """Whether every element of flat `x` is finite, in one pass; bool scalar on the device of `x`."""
-    return K.stats(x)[0].isfinite()
+    if not x.numel():
+        return x.new_zeros(()).isfinite()
+    low, high = x.aminmax()  # NaN if there is one
+    return low.isfinite() & high.isfinite()

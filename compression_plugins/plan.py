@@ -16,6 +16,9 @@ from .errors import ConfigError, nearest
 from .schemes.base import Scheme, Segment
 
 
+_BUCKETS, _SMALLEST_MB, _LARGEST_MB = 4, 2.0, 25.0  # of `bucket_mb: auto`
+
+
 class TensorSpec(NamedTuple):
     """What a plan needs to know of a floating-point parameter."""
 
@@ -120,8 +123,18 @@ def _decide(config: Config, spec: TensorSpec) -> Row:
     return Row(spec.name, spec.numel, config.scheme.dense if reason else config.scheme, reason)
 
 
+def _bucket_numel(config: Config, specs: Sequence[TensorSpec]) -> int:
+    """Values that a bucket may hold. `auto`: so few that the first buckets of a small model travel during backward, too,
+    but never so few that the latency of their messages counts.
+    """
+    mb = config.bucket_mb
+    if mb == "auto":
+        mb = min(_LARGEST_MB, max(_SMALLEST_MB, sum(spec.numel for spec in specs) * 4 / 2**20 / _BUCKETS))
+    return int(mb * 2**20 / 4)
+
+
 def _pack(config: Config, specs: Sequence[TensorSpec], rows: Sequence[Row]) -> tuple[Bucket, ...]:
-    limit = int(config.bucket_mb * 2**20 / 4)
+    limit = _bucket_numel(config, specs)
     done: list[Bucket] = []
     open_: dict[tuple[str, str], list[Segment]] = {}
     schemes: dict[tuple[str, str], Scheme] = {}

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from .. import triton_kernels as K
 from ..errors import UnsupportedError
-from ..memories import Memory, finite, zero_unless
+from ..memories import Memory, finite, nan_unless, zero_unless
 from ..registry import register
 from .base import Call, Phases, Reduction, Scheme, Segment, total
 
@@ -207,4 +207,4 @@ def _apply(bits: Tensor, healthy: Tensor, residual: Tensor, etas: list[Tensor], 
     pieces = list(result.split([segment.numel for segment in call.segments]))
     torch._foreach_mul_(pieces, [eta * healthy for eta in etas])  # nothing at all where some rank is unhealthy
     residual.sub_(result)
-    return result.mul_(torch.where(healthy, 1.0, torch.nan))
+    return nan_unless(healthy, result)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from ..memories import Memory, finite, zero_unless
+from ..memories import Memory, finite, nan_unless, zero_unless
 from ..registry import register
 from .base import Call, Phases, Reduction, Scheme, Segment
 
@@ -51,22 +51,25 @@ class PowerSGD(Scheme):
         queries = [self._query(m, call, call.segments[i].name) for i, m in zip(low, matrices)]
 
         alarm = torch.where(healthy, 0.0, torch.nan).view(1)  # a rank that is not healthy makes every sum NaN
+        # Factors are rows here, (M Q)^T = Q^T M^T and (P^T M): BLAS reads a matrix for two thin rows at the speed of
+        # memory, and takes four times as long for two thin columns.
         lefts, tail = yield from _mean(
-            call, [m @ q for m, q in zip(matrices, queries)], [parts[i] for i in dense] + [alarm]
+            call, [query @ m.T for m, query in zip(matrices, queries)], [parts[i] for i in dense] + [alarm]
         )
         *tail, alarm = tail
-        lefts = [_orthogonal(left) for left in lefts]
-        rights, _ = yield from _mean(call, [(left.T @ m).T for m, left in zip(matrices, lefts)], [])
+        healthy = alarm.isfinite()
+        lefts = [_orthogonal(left.T) for left in lefts]
+        rights, _ = yield from _mean(call, [left.T @ m for m, left in zip(matrices, lefts)], [])
 
         outputs = x.split([segment.numel for segment in call.segments])
         for i, left, right, query in zip(low, lefts, rights, queries):
-            torch.mm(left, right.T, out=outputs[i].view(left.shape[0], -1))
+            torch.mm(left, right, out=outputs[i].view(left.shape[0], -1))
             unit = right / right.abs().amax().clamp_min(_TINY)  # only its span matters, and it must not overflow
-            query.copy_(unit.where(alarm.isfinite() & right.any(), query))
+            query.copy_(unit.where(healthy & right.any(), query))
         for i, mean in zip(dense, tail):
             outputs[i].copy_(mean)
-        residual.sub_(zero_unless(alarm.isfinite(), x))
-        return x.add_(alarm)
+        residual.sub_(zero_unless(healthy, x))
+        return nan_unless(healthy, x)
 
     def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
         shapes = [self._matrix(segment) for segment in segments]
@@ -82,12 +85,12 @@ class PowerSGD(Scheme):
         return (rows, columns) if self.rank * (rows + columns) < rows * columns else None
 
     def _query(self, matrix: Tensor, call: Call, name: str) -> Tensor:
-        """The right factor of the step before; at first random, the same on every rank."""
+        """The right factor of the step before, [rank, columns]; at first random, the same on every rank."""
         import torch
 
         def first() -> Tensor:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{call.key.seed}/{name}".encode()))
-            return torch.randn(matrix.shape[1], self.rank, generator=generator).to(matrix.device)
+            return torch.randn(self.rank, matrix.shape[1], generator=generator).to(matrix.device)
 
         return call.state("query", name, first)
 

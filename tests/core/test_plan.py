@@ -81,6 +81,16 @@ def test_buckets_hold_at_most_bucket_mb_unless_one_tensor_is_larger() -> None:
     assert len(buckets) > 2
 
 
+def test_automatic_buckets_are_a_quarter_of_the_gradients_from_2_to_25_mib() -> None:
+    def largest(layers: int, side: int) -> float:
+        specs = [TensorSpec(f"{i}", (side, side), "float32") for i in range(layers)]
+        return max(bucket.numel for bucket in make_plan(Config.load("topk"), specs).buckets) * 4 / 2**20
+
+    assert largest(16, 512) == 4  # of 16
+    assert largest(4, 512) == 2  # of 4
+    assert largest(400, 512) == 25  # of 400
+
+
 def test_the_table_names_what_is_not_compressed_and_why() -> None:
     table = plan().table()
     assert "scalecom(ratio=100, beta=1.0, selection=chunk, values=fp32): 3 tensors" in table
