@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from ..schemes.base import Scheme, Segment
 from .deepspeed_seams import Piece, Scope
 from .deepspeed_weights import GatheredWeights, LocalWeights, weights_of
 
+#: Elements at whose multiples vectors begin, so that kernels may load whole vectors of the processor.
+_ALIGNMENT = 64
 #: The reduction of gradients that is running in this process. A single name: one reduction runs at a time.
 _active: Scope | None = None
 #: The model side whose engine takes its step now.
@@ -106,6 +108,7 @@ class Session:
         self.names = {id(p): name for name, p in engine.module.named_parameters()}
         self._segments = {s.name: (bucket.scheme, s) for bucket in plan.buckets for s in bucket.segments}
         self._routes: dict[tuple[Any, ...], Route] = {}
+        self._memory = torch.empty(0)
         self.weights = weights_of(self)
         self.gradient_bytes = 0  # size of the reduced buffers, as DeepSpeed would have sent them, so far
 
@@ -160,15 +163,26 @@ class Session:
         unit = scope.unit / loss_scale(self.engine)
         runs = tensor.view(-1).split(route.runs)
         chosen = [[runs[i] for i in part.order] for part in route.parts]
-        jobs = [
-            self.reducer.start(part.bucket, torch.cat(mine).float().mul_(unit), part.shards)
-            for part, mine in zip(route.parts, chosen, strict=True)
-        ]
+        jobs = []
+        for part, mine, flat in zip(route.parts, chosen, self._vectors(route.parts), strict=True):
+            torch._foreach_copy_(list(flat.split(part.lengths)), mine)
+            jobs.append(self.reducer.start(part.bucket, flat.mul_(unit), part.shards))
         for part, mine, job in zip(route.parts, chosen, jobs, strict=True):
-            pieces = job.result().mul(self.size / unit).split(part.lengths)
+            pieces = job.result().mul_(self.size / unit).split(part.lengths)
             if part.kept:
                 torch._foreach_copy_([mine[i] for i in part.kept], [pieces[i] for i in part.kept])
         return True
+
+    def _vectors(self, parts: Sequence[Part]) -> list[Tensor]:
+        """A flat fp32 vector for every part, valid until the next reduction, which they share their memory with: a CPU
+        spends more on the page faults of fresh ones than most codecs on arithmetic.
+        """
+        lengths = [-(-part.bucket.numel // _ALIGNMENT) * _ALIGNMENT for part in parts]
+        device = torch.device(parts[0].bucket.device)
+        if self._memory.device != device or self._memory.numel() < sum(lengths):
+            self._memory = torch.empty(sum(lengths), dtype=torch.float32, device=device)
+        vectors = self._memory[: sum(lengths)].split(lengths)
+        return [vector[: part.bucket.numel] for vector, part in zip(vectors, parts)]
 
     def reset(self) -> None:
         """Forget residuals; the step stays with DeepSpeed's count."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from compression_plugins.telemetry import Telemetry
 from compression_plugins.transports.local import LocalWorld, drive
 
 from ..world import World, config
+
+PAGE = Path(__file__).parents[2] / "docs" / "horovod.md"
 
 
 def test_jobs_started_in_different_orders_find_each_other_by_name() -> None:
@@ -116,3 +119,6 @@ def test_telemetry_writes_one_line_a_step(tmp_path: Path, monkeypatch: pytest.Mo
     assert all(line["encode_s"] > 0 and line["decode_s"] > 0 for line in lines)
     assert lines[-1]["state_bytes"] == world.reducers[0].state.nbytes() >= 4 * 3080
     assert [line["residual_norm"] for line in lines] == pytest.approx([norms[0], *[None] * 9, norms[10]])
+    first_cells = re.findall(r"^\| (`.*?) \|", PAGE.read_text(), re.M)
+    explained = {word for cell in first_cells for word in re.findall(r"`(\w+)`", cell)}
+    assert set(lines[0]) <= explained, "docs/horovod.md says what every field means"
