@@ -81,7 +81,7 @@ class Settings(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="seed of every random choice; same on all ranks")
     bucket_mb: Annotated[float, Field(gt=0, le=4096)] | Literal["auto"] = Field(
         "auto",
-        description="tensors are compressed and sent in buckets of so many MiB of fp32; auto: a quarter of all, 2 to 25",
+        description="tensors are compressed and sent in buckets of so many MiB of fp32; auto: a quarter, 2 to 25",
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="optimizer steps sent dense before compression")
     min_numel: Annotated[int, Field(ge=0)] = Field(1024, description="smaller tensors travel as they are")

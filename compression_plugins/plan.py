@@ -15,7 +15,6 @@ from .config import Config
 from .errors import ConfigError, nearest
 from .schemes.base import Scheme, Segment
 
-
 _BUCKETS, _SMALLEST_MB, _LARGEST_MB = 4, 2.0, 25.0  # of `bucket_mb: auto`
 
 
@@ -124,13 +123,13 @@ def _decide(config: Config, spec: TensorSpec) -> Row:
 
 
 def _bucket_numel(config: Config, specs: Sequence[TensorSpec]) -> int:
-    """Values that a bucket may hold. `auto`: so few that the first buckets of a small model travel during backward, too,
-    but never so few that the latency of their messages counts.
+    """Values that a bucket may hold. `auto`: so few that the first buckets of a small model travel during backward, and
+    not so few that the latency of their messages counts.
     """
-    mb = config.bucket_mb
-    if mb == "auto":
-        mb = min(_LARGEST_MB, max(_SMALLEST_MB, sum(spec.numel for spec in specs) * 4 / 2**20 / _BUCKETS))
-    return int(mb * 2**20 / 4)
+    if config.bucket_mb != "auto":
+        return int(config.bucket_mb * 2**20 / 4)
+    quarter = sum(spec.numel for spec in specs) * 4 / 2**20 / _BUCKETS
+    return int(min(_LARGEST_MB, max(_SMALLEST_MB, quarter)) * 2**20 / 4)
 
 
 def _pack(config: Config, specs: Sequence[TensorSpec], rows: Sequence[Row]) -> tuple[Bucket, ...]:
