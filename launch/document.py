@@ -132,10 +132,11 @@ _PAGE = """<!doctype html>
  table {{ border-collapse: collapse; width: 100%; margin: 1rem 0; font-variant-numeric: tabular-nums }}
  th, td {{ padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #e4e4e4 }}
  th {{ font-weight: 600; vertical-align: bottom }}
- .word {{ text-align: left }}
+ table {{ display: block; overflow-x: auto }} td {{ white-space: nowrap }}
+ .word {{ text-align: left; white-space: normal }}
  dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem }} dt {{ color: #666 }} dd {{ margin: 0 }}
  li, dl {{ font-size: .9rem }}
- @media (max-width: 700px) {{ table {{ display: block; overflow-x: auto }} dl {{ display: block }} }}
+ @media (max-width: 700px) {{ dl {{ display: block }} }}
 </style></head><body>
 <h1>{title}</h1>
 <dl>{facts}</dl>

@@ -117,7 +117,7 @@ def _facts(results: Results) -> dict[str, str]:
         "Machine": _machines(results),
         "Commit": ", ".join(sorted({_commit(row) for row in rows})),
         "Measured": dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}",
-        "Network": ", ".join(sorted({row["network"] for row in rows if "network" in row})) or "none",
+        "Network": "; ".join(sorted({row["network"] for row in rows if "network" in row})) or "none",
     }
 
 
