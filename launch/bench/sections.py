@@ -66,8 +66,8 @@ def sections(results: Results, targets: Mapping[str, float]) -> list[Section]:
 
 
 def _name(results: Results, part: str, group: Group | None = None) -> str:
-    """`crossover-speed-mlp-2`: the experiment (the first row's), the part, the model, the ranks."""
-    experiment = str(results.rows[0]["provenance"]["experiment"])
+    """`crossover-speed-mlp-2`: the experiment (the newest row's), the part, the model, the ranks."""
+    experiment = str(max(results.rows, key=lambda row: row["date"])["provenance"]["experiment"])
     words = [experiment, part, *([group.model, str(group.ranks)] if group else [])]
     return re.sub(r"[^a-z0-9-]+", "-", "-".join(words).lower())
 
