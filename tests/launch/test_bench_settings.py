@@ -114,7 +114,8 @@ def test_a_rate_is_read_as_tc_reads_it() -> None:
 def test_a_committed_sweep_is_valid_and_has_its_baselines(path: Path) -> None:
     found = wanted(path)
     timed = {(cell.host, cell.scheme) for cell in found if cell.kind == "speed"}
-    assert {("horovod", "none"), ("horovod", "bf16"), ("horovod", "fake")} <= timed
+    hosts = {host for host, _ in timed} - {"ddp"}
+    assert hosts and all({(host, "none"), (host, "bf16"), (host, "fake")} <= timed for host in hosts)
     assert len({cell.key for cell in found}) == len(found)
 
 
