@@ -28,6 +28,12 @@ class Codec(ABC):
     def nbytes(self, numel: int) -> int:
         """Exact payload length in bytes for `numel` elements."""
 
+    def scale_bytes(self, numel: int) -> int | None:
+        """Bytes of the scales in a payload when each block is coded by itself, so that the payload of whole blocks is a
+        slice of the scales and a slice of the codes; None, as here, when it is not.
+        """
+        return None
+
     @abstractmethod
     def encode(
         self,

@@ -28,6 +28,9 @@ class Cast(Codec):
     def nbytes(self, numel: int) -> int:
         return K.layout.cast_bytes(numel, self.kind, self.block)
 
+    def scale_bytes(self, numel: int) -> int:
+        return 4 * K.layout.cast_scales(numel, self.kind, self.block)
+
     def encode(
         self,
         x: Tensor,

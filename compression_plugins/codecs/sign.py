@@ -28,6 +28,9 @@ class Sign(Codec):
     def nbytes(self, numel: int) -> int:
         return K.layout.sign_bytes(numel, self.block)
 
+    def scale_bytes(self, numel: int) -> int:
+        return 4 * K.layout.blocks(numel, self.block)
+
     def encode(
         self,
         x: Tensor,

@@ -35,6 +35,9 @@ class Uniform(Codec):
     def nbytes(self, numel: int) -> int:
         return K.layout.uniform_bytes(numel, self.bits, self.block)
 
+    def scale_bytes(self, numel: int) -> int:
+        return 4 * K.layout.blocks(numel, self.block)
+
     def encode(
         self,
         x: Tensor,

@@ -5,7 +5,8 @@ many.
 from .dense import dense_sum
 from .fold import ring_fold
 from .half_mean import half_mean, half_mean_bits
-from .payloads import even_shards, gather, reduce_scatter, two_stage
+from .payloads import gather, reduce_scatter, two_stage
+from .shards import even_shards
 from .shared_index import shared_index
 from .torus import square_rows, torus_fold
 

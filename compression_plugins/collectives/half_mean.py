@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from ..codecs import Cast
 from ..memories import ERROR_FEEDBACK, Memory
-from .payloads import even_shards, gather
+from .payloads import gather
+from .shards import decode_shards, even_shards
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,10 +52,7 @@ def half_mean(call: Call, values: Tensor, kind: Half) -> Phases[tuple[Tensor, Te
         codec.encode(mine, call.key, ERROR_FEEDBACK, rounding, out=slot[: codec.nbytes(own)])
         lost.split(shards)[rank].add_(rounding, alpha=size)
     outbox = yield call.transport.all_gather(slot)
-    for payload, numel, out in zip(outbox, shards, mean.split(shards)):
-        if numel:
-            codec.decode(payload[: codec.nbytes(numel)], numel, out=out)
-    return mean, lost
+    return decode_shards(codec, outbox, shards, mean), lost
 
 
 def half_mean_bits(numel: int, size: int, kind: Half) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .shards import decode_shards, encode_shards, even_shards
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -34,10 +36,7 @@ def two_stage(codec: Codec, memory: Memory | None, call: Call, x: Tensor) -> Red
         key = call.key._replace(stream=call.key.stream + _SECOND_STAGE)
         slot[: codec.nbytes(own)] = codec.reduce(inbox, own, key)
     outbox = yield call.transport.all_gather(slot)
-    for payload, numel, out in zip(outbox, shards, x.split(shards)):
-        if numel:
-            codec.decode(payload[: codec.nbytes(numel)], numel, out=out)
-    return x
+    return decode_shards(codec, outbox, shards, x)
 
 
 def gather(codec: Codec, memory: Memory | None, call: Call, x: Tensor) -> Reduction:
@@ -58,28 +57,10 @@ def reduce_scatter(codec: Codec, memory: Memory | None, call: Call, x: Tensor) -
     return x
 
 
-def even_shards(numel: int, size: int, block: int) -> list[int]:
-    """`numel` cut into `size` shards at multiples of `block`, as even as that allows; the last ones may be short or
-    empty.
-    """
-    length = -(-numel // (size * block)) * block
-    return [max(0, min(length, numel - rank * length)) for rank in range(size)]
-
-
 def _to_owners(codec: Codec, memory: Memory | None, call: Call, x: Tensor, shards: Sequence[int]) -> Reduction:
     """Send every owner its shard of `x`; the payloads received for the own shard, uint8 [size, nbytes]."""
-    import torch
-
     lengths = [codec.nbytes(n) for n in shards]
-    outbox = torch.empty(sum(lengths), dtype=torch.uint8, device=x.device)
-    residual = call.residual() if memory else None
-    start = 0
-    for owner, (numel, slot) in enumerate(zip(shards, outbox.split(lengths))):
-        part = slice(start, start + numel)
-        key = call.key._replace(offset=8 * (start // 8 + owner))  # shards never share a random counter
-        if numel:
-            codec.encode(x[part], key, memory, residual[part] if residual is not None else None, out=slot)
-        start += numel
+    outbox = encode_shards(codec, x, shards, call.key, memory, call.residual() if memory else None)
     mine = lengths[call.transport.rank]
     inbox = yield call.transport.all_to_all(outbox, lengths, [mine] * call.transport.size)
     return inbox.view(call.transport.size, mine)
