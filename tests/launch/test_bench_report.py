@@ -160,6 +160,13 @@ def test_the_last_row_of_a_cell_counts(tmp_path: Path) -> None:
     assert len(found.rows) == 9 and not found.failures
 
 
+def test_merged_results_carry_the_name_of_the_newest_experiment(tmp_path: Path) -> None:
+    newer = {"date": "2026-01-02T00:00:00+00:00", "provenance": {**ABOUT, "experiment": "later"}}
+    rows = [timed("scalecom", SMALL, CODEC_S, "1gbit", **newer), *sweep()]
+    names = [section.name for section in sections(Results.load([write(tmp_path, rows)]), {})]
+    assert names and all(name.startswith("later-") for name in names)
+
+
 def test_parts_are_published_between_the_marks_of_their_page(tmp_path: Path) -> None:
     (tmp_path / "sweep-speed-mlp-2.md").write_text("| scalecom |\n")
     (tmp_path / "sweep-speed-mlp-2.png").write_bytes(b"")
