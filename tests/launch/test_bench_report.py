@@ -162,7 +162,7 @@ def test_the_last_row_of_a_cell_counts(tmp_path: Path) -> None:
 
 def test_merged_results_carry_the_name_of_the_newest_experiment(tmp_path: Path) -> None:
     newer = {"date": "2026-01-02T00:00:00+00:00", "provenance": {**ABOUT, "experiment": "later"}}
-    rows = [timed("scalecom", SMALL, CODEC_S, "1gbit", **newer), *sweep()]
+    rows = [timed("marsit", SMALL, CODEC_S, "1gbit", **newer), *sweep()]
     names = [section.name for section in sections(Results.load([write(tmp_path, rows)]), {})]
     assert names and all(name.startswith("later-") for name in names)
 
