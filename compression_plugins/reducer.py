@@ -161,6 +161,7 @@ class Reducer:
     def end_step(self, skipped: bool = False) -> None:
         """Call once after each optimizer step. A skipped one leaves no trace in memory and does not count."""
         self._uses.clear()
+        self._jobs = [job for job in self._jobs if not job.done]  # whoever polled them does not tell
         if skipped:
             self.state.rollback()
         else:

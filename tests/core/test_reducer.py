@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,18 @@ def test_jobs_started_in_different_orders_find_each_other_by_name() -> None:
     results = dict(backward)
     for bucket, job in forward:
         assert torch.equal(job.result(), results[bucket].result())
+
+
+def test_a_gradient_is_let_go_after_its_step_whoever_drove_the_job() -> None:
+    world = World(config("scalecom"), 2)
+    flats = world.gradients(0)
+    watched = [weakref.ref(flat) for flat in flats]
+    jobs = [reducer.start(world.bucket, flat) for reducer, flat in zip(world.reducers, flats)]
+    drive(jobs)
+    for reducer in world.reducers:
+        reducer.end_step()
+    del jobs, flats
+    assert [flat() for flat in watched] == [None, None]
 
 
 def test_wrong_shapes_and_shards_are_refused() -> None:
