@@ -46,7 +46,8 @@ def encode_shards(
         rows = outbox[: payload.numel()].view(joint, -1)
         rows[:, :cut] = payload[: joint * cut].view(joint, -1)
         rows[:, cut:] = payload[joint * cut :].view(joint, -1)
-    for numel, slot in list(zip(shards, outbox.split(lengths)))[joint:]:
+    rest = outbox[sum(lengths[:joint]) :].split(lengths[joint:])
+    for numel, slot in zip(shards[joint:], rest):
         part = slice(start, start + numel)
         if numel:
             own = key._replace(offset=counter)
@@ -61,11 +62,12 @@ def decode_shards(codec: Codec, slots: Tensor, shards: Sequence[int], out: Tenso
     import torch
 
     joint = _joint(codec, out, shards)
+    end = joint * shards[0]
     if joint:
-        cut, end = codec.scale_bytes(shards[0]) or 0, joint * shards[0]
+        cut = codec.scale_bytes(shards[0]) or 0
         rows = slots[:joint, : codec.nbytes(shards[0])]
         codec.decode(torch.cat([rows[:, :cut].reshape(-1), rows[:, cut:].reshape(-1)]), end, out=out[:end])
-    for slot, numel, part in list(zip(slots, shards, out.split(list(shards))))[joint:]:
+    for slot, numel, part in zip(slots[joint:], shards[joint:], out[end:].split(list(shards[joint:]))):
         if numel:
             codec.decode(slot[: codec.nbytes(numel)], numel, out=part)
     return out
