@@ -64,19 +64,23 @@ class QuantizedWeights:
         self._parameters = dict(parameters)
         self._exact: dict[str, Tensor] = {}
         self._snapshots: dict[str, Tensor] = {}
-        self._peaks: dict[str, Tensor] = {}  # max|x~|
+        self._peaks: list[float] = []  # max|x~|
         self._quantized: list[str] = []  # names whose parameter holds Q(x), with x in `_exact`
-        self._marks: dict[str, Tensor] = {}
+        self._marks = torch.empty(0)
         self.bits: dict[str, int | None] = {}
 
     @torch.no_grad()
     def restore(self) -> None:
         """Before the optimizer's step: put the exact weights back. Weights that someone has overwritten since stay."""
-        if self._quantized:
-            same = torch.stack([(self._mark(name) == self._marks[name]).all() for name in self._quantized])
-            for name, untouched in zip(self._quantized, same.tolist()):
-                if untouched:
-                    self._parameters[name].copy_(self._exact[name])
+        if not self._quantized:
+            return
+        marks = self._sample(self._quantized)
+        kept = self._quantized
+        if not torch.equal(torch.cat(marks), self._marks):
+            known = self._marks.split([len(mark) for mark in marks])
+            kept = [name for name, *pair in zip(self._quantized, marks, known) if torch.equal(*pair)]
+        if kept:
+            torch._foreach_copy_([self._parameters[name] for name in kept], [self._exact[name] for name in kept])
         self._quantized = []
 
     @torch.no_grad()
@@ -85,38 +89,48 @@ class QuantizedWeights:
         if step % self.scheme.snapshot_steps == 0 or not self._snapshots:
             self._take_snapshots({name: p.detach().float().clone() for name, p in self._parameters.items()})
             return
-        for number, (name, p) in enumerate(self._parameters.items()):
-            largest, distance = self._measure(name)
-            bits = self.bits[name] = mu_rule_bits(largest, distance, p.numel(), self.scheme.mu)
-            if bits is None:
-                continue
-            if name not in self._exact:
-                self._exact[name] = torch.empty(p.shape, dtype=torch.float32, device=p.device)
-            exact = self._exact[name].copy_(p).view(-1)
-            key = K.Key(self.seed, number, step, 0, stream=1 << 30)
+        chosen = []
+        for number, (name, (largest, distance)) in enumerate(zip(self._parameters, self._measure())):
+            bits = mu_rule_bits(largest, distance, self._parameters[name].numel(), self.scheme.mu)
+            self.bits[name] = bits
+            if bits is not None:
+                chosen.append((name, bits, largest, K.Key(self.seed, number, step, 0, stream=1 << 30)))
+        if not chosen:
+            return
+        self._quantized = [name for name, *_ in chosen]
+        self._keep(self._quantized)
+        for name, bits, largest, key in chosen:
+            p, exact = self._parameters[name], self._exact[name].view(-1)
             if p.dtype == torch.float32 and p.is_contiguous():
                 K.uniform_round(exact, bits, largest, key, out=p.detach().view(-1))
             else:
                 p.copy_(K.uniform_round(exact, bits, largest, key).view_as(p))
-            self._quantized.append(name)
-            self._marks[name] = self._mark(name)
+        self._marks = torch.cat(self._sample(self._quantized))
 
-    def _measure(self, name: str) -> tuple[float, float]:
-        """A bound of max|x|, and ||x - x~||, Euclidean, in one pass: max|x| <= max|x~| + max|x - x~|."""
-        moved = K.stats(
-            self._parameters[name].detach().reshape(-1), residual=self._snapshots[name].reshape(-1), alpha=-1.0
-        )
-        largest, distance = torch.stack([self._peaks[name] + moved[0], moved[2].sqrt()]).tolist()
-        return largest, distance
+    def _measure(self) -> list[tuple[float, float]]:
+        """Of each parameter max|x~| + max|x - x~|, which bounds max|x|, and ||x - x~||, Euclidean."""
+        moved = [
+            K.stats(p.detach().reshape(-1), residual=self._snapshots[name].view(-1), alpha=-1.0)
+            for name, p in self._parameters.items()
+        ]
+        rows = torch.stack([row.to(moved[0].device) for row in moved]).tolist()  # a GPU is waited for once
+        return [(peak + largest, math.sqrt(squares)) for peak, (largest, _, squares) in zip(self._peaks, rows)]
+
+    def _keep(self, names: list[str]) -> None:
+        for name in names:
+            if name not in self._exact:
+                p = self._parameters[name]
+                self._exact[name] = torch.empty(p.shape, dtype=torch.float32, device=p.device)
+        torch._foreach_copy_([self._exact[name] for name in names], [self._parameters[name] for name in names])
 
     def _take_snapshots(self, snapshots: dict[str, Tensor]) -> None:
-        self._snapshots = snapshots
-        self._peaks = {name: K.stats(snapshot.reshape(-1))[0] for name, snapshot in snapshots.items()}
+        self._snapshots = {name: snapshot.contiguous() for name, snapshot in snapshots.items()}
+        self._peaks = [float(K.stats(snapshot.view(-1))[0]) for snapshot in self._snapshots.values()]
 
-    def _mark(self, name: str) -> Tensor:
-        """A sample by which overwritten weights are told; a broadcast from C++ leaves no trace but in the values."""
-        flat = self._parameters[name].detach().reshape(-1)
-        return flat[:: max(1, flat.numel() // 1024)].clone()
+    def _sample(self, names: list[str]) -> list[Tensor]:
+        """Samples by which overwritten weights are told; a broadcast from C++ leaves no trace but in the values."""
+        flats = [self._parameters[name].detach().reshape(-1) for name in names]
+        return [flat[:: max(1, flat.numel() // 1024)].to(flats[0].device, torch.float32) for flat in flats]
 
     def state_dict(self) -> dict[str, Any]:
         exact = {name: self._exact[name].clone() for name in self._quantized}
@@ -128,4 +142,5 @@ class QuantizedWeights:
         self._exact = {name: tensor.clone() for name, tensor in saved["exact"].items()}
         self._take_snapshots({name: tensor.clone() for name, tensor in saved["snapshots"].items()})
         self._quantized = list(self._exact)
-        self._marks = {name: self._mark(name) for name in self._quantized}
+        if self._quantized:
+            self._marks = torch.cat(self._sample(self._quantized))

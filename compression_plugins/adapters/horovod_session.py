@@ -24,7 +24,6 @@ from ..config import Config
 from ..errors import MismatchError, UnsupportedError
 from ..plan import Bucket, Plan, TensorSpec, make_plan
 from ..reducer import Job, Reducer
-from ..schemes.base import Segment
 from ..schemes.double_quantization import DoubleQuantization
 from ..telemetry import Telemetry
 from ..transports.horovod import HorovodTransport
@@ -39,31 +38,47 @@ _created: Counter[int] = Counter()
 
 
 class _Filling:
-    """A bucket, the number of segments still missing, its job in flight, and its result.
+    """A bucket, the gradients that have come, its job in flight, and the reduced gradients.
 
-    Gradients are packed into `flat`, fp32; the only one of its bucket is reduced where it is.
+    Gradients are packed into one fp32 vector when all are there; the only one of its bucket is reduced where it is.
     """
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
+        self.lengths = [segment.numel for segment in bucket.segments]
         self.empty()
 
     @cached_property
-    def flat(self) -> Tensor:
+    def _flat(self) -> Tensor:
         return torch.zeros(self.bucket.numel, dtype=torch.float32, device=self.bucket.device)
 
+    @cached_property
+    def _places(self) -> list[Tensor]:
+        return list(self._flat.split(self.lengths))
+
     def empty(self) -> None:
-        self.missing = len(self.bucket.segments)
+        self.gradients: dict[int, Tensor] = {}
         self.job: Job | None = None
-        self.reduced: Tensor | None = None
+        self.reduced: tuple[Tensor, ...] | None = None
+
+    def take(self, place: int, gradient: Tensor) -> Tensor | None:
+        """Accept the gradient of segment number `place`; the flat vector of all when none is missing any more."""
+        self.gradients[place] = gradient
+        if len(self.gradients) < len(self.lengths):
+            return None
+        gradients, flat = self.gradients, gradient
+        self.empty()
+        if len(gradients) > 1 or gradient.dtype != torch.float32:
+            torch._foreach_copy_(self._places, [gradients[i] for i in range(len(gradients))])
+            flat = self._flat
+        return flat
 
 
 class _Slot(NamedTuple):
-    """Where a piece of a parameter lies: `segment` of it stands at `offset` of the bucket."""
+    """Where a parameter's gradient lies: in which bucket, as which of its segments."""
 
     filling: _Filling
-    offset: int
-    segment: Segment
+    place: int
 
 
 @dataclass
@@ -125,7 +140,7 @@ class Session:
         self._loaded: dict[str, Any] = {}  # a state that came before there was a reducer
         self._world = (-1, -1)  # rank and size with which the memory was built
         self._horovod_run: object = None
-        self._slots: dict[Tensor, list[_Slot]] = {}
+        self._slots: dict[Tensor, _Slot] = {}
         self._fillings: list[_Filling] = []
         self._early: list[Tensor] = []  # gradients that came before the session was open
         self._weights: list[QuantizedWeights] = []
@@ -158,32 +173,23 @@ class Session:
 
     def _fill(self, p: Tensor) -> None:
         assert p.grad is not None  # the hook, or the seam, has made one
-        gradient = (p.grad.to_dense() if p.grad.is_sparse else p.grad).detach().reshape(-1)
-        for filling, offset, segment in self._slots[p]:
-            piece = gradient[segment.start : segment.start + segment.numel]
-            alone = segment.numel == filling.bucket.numel and piece.dtype == torch.float32
-            if not alone:
-                filling.flat[offset : offset + segment.numel].copy_(piece)
-            filling.missing -= 1
-            if filling.missing == 0:
-                filling.empty()
-                filling.job = self.reducer.start(filling.bucket, piece if alone else filling.flat)
+        filling, place = self._slots[p]
+        flat = filling.take(place, (p.grad.to_dense() if p.grad.is_sparse else p.grad).detach().reshape(-1))
+        if flat is not None:
+            filling.job = self.reducer.start(filling.bucket, flat)
 
     # -- in synchronize() and step()
 
     def _result(self, p: Tensor) -> Tensor:
         if self._early:
             self.open()
-        pieces = [self._reduced(filling)[at : at + segment.numel] for filling, at, segment in self._slots[p]]
-        flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return flat.view(p.shape).to(p.dtype if p.grad is None else p.grad.dtype)
-
-    def _reduced(self, filling: _Filling) -> Tensor:
+        filling, place = self._slots[p]
         if filling.reduced is None:
             assert filling.job is not None  # synchronize() submits every parameter before it asks for the first result
             mean = filling.job.result()
-            filling.reduced = mean * self.process_set.size() if self._op == mpi_ops.Sum else mean
-        return filling.reduced
+            total = mean * self.process_set.size() if self._op == mpi_ops.Sum else mean
+            filling.reduced = total.split(filling.lengths)
+        return filling.reduced[place].view(p.shape).to(p.dtype if p.grad is None else p.grad.dtype)
 
     def end_step(self) -> None:
         """All results are taken: the step is over."""
@@ -297,10 +303,8 @@ class Session:
         parameters = {name: p for p, name in self._names.items()}
         self._fillings, self._slots = [_Filling(bucket) for bucket in self.plan.buckets], {}
         for filling in self._fillings:
-            offset = 0
-            for segment in filling.bucket.segments:
-                self._slots.setdefault(parameters[segment.name], []).append(_Slot(filling, offset, segment))
-                offset += segment.numel
+            for place, segment in enumerate(filling.bucket.segments):
+                self._slots[parameters[segment.name]] = _Slot(filling, place)
 
     def _quantized_weights(self) -> list[QuantizedWeights]:
         parameters = {name: p for p, name in self._names.items()}

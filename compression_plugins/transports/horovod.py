@@ -7,7 +7,6 @@ counter of the process and silently pair different tensors as soon as two ranks 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,12 +15,10 @@ import torch
 from horovod.torch import mpi_ops
 from torch import Tensor
 
-from .base import Done, Handle, Transport
+from .base import Done, Handle, Transport, stay_awake
 
-#: A wait first gives up its core from poll to poll, for this many seconds, and then sleeps between polls. A core that
-#: falls asleep takes up to 3 ms to wake for a small operation of 2 ms; one that never sleeps is missed, in a long wait,
-#: by the other ranks where ranks share cores.
-YIELD_S = 3e-3
+#: Seconds between the polls of a long wait. `mpi_ops.synchronize` spins instead and, with as many ranks as cores,
+#: starves the thread that communicates.
 POLL_INTERVAL_S = 50e-6
 
 
@@ -102,11 +99,8 @@ class HorovodHandle:
         return bool(mpi_ops.poll(self._handle))
 
     def wait(self) -> Tensor:
-        until = time.perf_counter() + YIELD_S
-        while not mpi_ops.poll(self._handle):
-            if time.perf_counter() < until:
-                os.sched_yield()
-            else:
+        if not stay_awake(self.poll):
+            while not self.poll():
                 time.sleep(POLL_INTERVAL_S)
         out = mpi_ops.synchronize(self._handle)
         return out if self._finish is None else self._finish(out)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .base import Done, Handle, Transport
+from .base import Done, Handle, Transport, stay_awake
 
 #: torch 2.13 renamed it; the old name warns there.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -86,5 +86,7 @@ class _Pending:
         return self._work.is_completed()
 
     def wait(self) -> Tensor:
+        if self._result.is_cpu:  # elsewhere `wait` blocks a stream, not the host
+            stay_awake(self.poll)
         self._work.wait()
         return self._result

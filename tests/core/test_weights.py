@@ -77,3 +77,24 @@ def test_a_resume_continues_bit_for_bit() -> None:
         weights.restore()
         weights.quantize(5)
     assert torch.equal(one, two)
+
+
+def test_of_many_weights_only_those_that_somebody_overwrote_are_kept() -> None:
+    names = ("a", "b", "c")
+    parameters = [torch.nn.Parameter(torch.randn(40, 30)) for _ in names]
+    alone = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+    together = QuantizedWeights(DoubleQuantization(), list(zip(names, parameters)))
+    each = [QuantizedWeights(DoubleQuantization(), [(name, p)]) for name, p in zip(names, alone)]
+    for step in range(3):
+        for weights, ps in [(together, parameters), *((one, [p]) for one, p in zip(each, alone))]:
+            weights.restore()
+            with torch.no_grad():
+                for p in ps:
+                    p.sub_(0.01 * torch.sin(p + step))
+            weights.quantize(step)
+    parameters[1].data.numpy().fill(7.0)
+    together.restore()
+    for weights in each:
+        weights.restore()
+    assert (parameters[1] == 7).all()
+    assert torch.equal(parameters[0], alone[0]) and torch.equal(parameters[2], alone[2])

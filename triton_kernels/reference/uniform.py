@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from .. import layout
@@ -171,6 +172,7 @@ def uniform_round(x: torch.Tensor, bits: int, scale: float, key: Key, out: torch
 
 def grid(bits: int, scale: float) -> tuple[float, float]:
     """``(L / scale, scale / L)``, rounded to fp32; zeros where the first overflows."""
-    numbers = torch.tensor([layout.uniform_levels(bits), scale], dtype=torch.float32)
-    inverse, step = (numbers / numbers.flip(0)).tolist()
+    levels, largest = np.float32(layout.uniform_levels(bits)), np.float32(scale)
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse, step = float(levels / largest), float(largest / levels)
     return (inverse, step) if inverse < float("inf") else (0.0, 0.0)
