@@ -33,6 +33,10 @@ def test_op_sum_equals_dense_sum(two: list[dict[str, Any]]) -> None:
     assert same(two, "sum_equals_dense_sum") <= 1e-6
 
 
+def test_gradients_that_are_zeroed_in_place_equal_dense(two: list[dict[str, Any]]) -> None:
+    assert same(two, "gradients_that_are_zeroed_in_place_equal_dense") <= 1e-6
+
+
 def test_groups_give_way_to_buckets_with_the_same_result(two: list[dict[str, Any]]) -> None:
     assert max(same(two, "groups_are_replaced_by_buckets")) <= 1e-6
 

@@ -50,6 +50,18 @@ def sum_equals_dense_sum() -> float:
 
 
 @check
+def gradients_that_are_zeroed_in_place_equal_dense() -> float:
+    """They then lie in the bucket itself, where the next backward adds to them."""
+    model = net()
+    opt = optimizer(model, Compression.topk(**EXACT))
+    for step in range(3):
+        opt.zero_grad(set_to_none=False)
+        backward(model, step)
+        opt.step()
+    return distance(train(DENSE), model)
+
+
+@check
 def groups_are_replaced_by_buckets() -> list[float]:
     dense = train(DENSE)
     found = [distance(dense, train(Compression.topk(**EXACT), groups=2))]
