@@ -64,7 +64,7 @@ class QuantizedWeights:
         self._parameters = dict(parameters)
         self._exact: dict[str, Tensor] = {}
         self._snapshots: dict[str, Tensor] = {}
-        self._peaks: list[float] = []  # max|x~|
+        self._peaks: dict[str, float] = {}  # max|x~|
         self._quantized: list[str] = []  # names whose parameter holds Q(x), with x in `_exact`
         self._marks = torch.empty(0)
         self.bits: dict[str, int | None] = {}
@@ -114,7 +114,10 @@ class QuantizedWeights:
             for name, p in self._parameters.items()
         ]
         rows = torch.stack([row.to(moved[0].device) for row in moved]).tolist()  # a GPU is waited for once
-        return [(peak + largest, math.sqrt(squares)) for peak, (largest, _, squares) in zip(self._peaks, rows)]
+        return [
+            (self._peaks[name] + largest, math.sqrt(squares))
+            for name, (largest, _, squares) in zip(self._parameters, rows)
+        ]
 
     def _keep(self, names: list[str]) -> None:
         for name in names:
@@ -125,7 +128,7 @@ class QuantizedWeights:
 
     def _take_snapshots(self, snapshots: dict[str, Tensor]) -> None:
         self._snapshots = {name: snapshot.contiguous() for name, snapshot in snapshots.items()}
-        self._peaks = [float(K.stats(snapshot.view(-1))[0]) for snapshot in self._snapshots.values()]
+        self._peaks = {name: float(K.stats(snapshot.view(-1))[0]) for name, snapshot in self._snapshots.items()}
 
     def _sample(self, names: list[str]) -> list[Tensor]:
         """Samples by which overwritten weights are told; a broadcast from C++ leaves no trace but in the values."""
