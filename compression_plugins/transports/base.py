@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -22,19 +20,6 @@ class Handle(Protocol):
     def wait(self) -> Tensor:
         """Block until done; the result. Call it once."""
         ...
-
-
-#: A core that falls asleep takes up to 4 ms to wake for the end of an operation that itself takes half of one. One that
-#: never sleeps is missed by the other ranks where ranks share cores, so that long waits do sleep.
-_AWAKE_S = 3e-3
-
-
-def stay_awake(done: Callable[[], bool]) -> bool:
-    """The first milliseconds of a wait: give up the core from poll to poll, until `done()` or too long; is it done?"""
-    until = time.perf_counter() + _AWAKE_S
-    while not (finished := done()) and time.perf_counter() < until:
-        os.sched_yield()
-    return finished
 
 
 class Done:

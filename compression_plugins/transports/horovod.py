@@ -15,7 +15,8 @@ import torch
 from horovod.torch import mpi_ops
 from torch import Tensor
 
-from .base import Done, Handle, Transport, stay_awake
+from .base import Done, Handle, Transport
+from .waiting import stay_awake
 
 #: Seconds between the polls of a long wait. `mpi_ops.synchronize` spins instead and, with as many ranks as cores,
 #: starves the thread that communicates.

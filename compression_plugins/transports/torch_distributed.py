@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .base import Done, Handle, Transport, stay_awake
+from .base import Done, Handle, Transport
+from .waiting import stay_awake
 
 #: torch 2.13 renamed it; the old name warns there.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
