@@ -5,7 +5,7 @@ many.
 from .dense import dense_sum
 from .fold import ring_fold
 from .half_mean import half_mean, half_mean_bits
-from .payloads import gather, reduce_scatter, two_stage
+from .payloads import gather, in_one_round, reduce_scatter, two_stage
 from .shards import even_shards
 from .shared_index import shared_index
 from .torus import square_rows, torus_fold
@@ -16,6 +16,7 @@ __all__ = [
     "gather",
     "half_mean",
     "half_mean_bits",
+    "in_one_round",
     "reduce_scatter",
     "ring_fold",
     "shared_index",

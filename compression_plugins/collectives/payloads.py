@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from ..schemes.base import Call, Reduction
 
 _SECOND_STAGE = 1 << 16  # random stream of the owners' encode, apart from the streams that adapters count in
+#: Bytes more that a rank sends rather than wait for a second round: what 1 Gb/s carries in a millisecond, which a round
+#: of Horovod takes at least.
+_WORTH_A_ROUND = 1 << 17
+
+
+def in_one_round(nbytes: int, size: int) -> bool:
+    """Are payloads of `nbytes` gathered, not reduced by owners? Always between two ranks, where both send as much."""
+    return (size - 1) * (size - 2) * nbytes <= size * _WORTH_A_ROUND
 
 
 def two_stage(codec: Codec, memory: Memory | None, call: Call, x: Tensor) -> Reduction:
@@ -22,11 +30,11 @@ def two_stage(codec: Codec, memory: Memory | None, call: Call, x: Tensor) -> Red
     bits.
 
     The owner of a shard averages in fp32 and encodes once more, so the codec should be unbiased or nearly exact.
-    When the host wants only its shard (`call.shards`), the second stage is left out: see `reduce_scatter`. Between two
-    ranks an all-gather sends as much, in one round and rounded once.
+    When the host wants only its shard (`call.shards`), the second stage is left out: see `reduce_scatter`. Short
+    payloads are gathered, in one round and rounded once: see `in_one_round`.
     """
     size = call.transport.size
-    if call.shards is not None or size <= 2:
+    if call.shards is not None or in_one_round(codec.nbytes(x.numel()), size):
         return (yield from gather(codec, memory, call, x))
     shards = even_shards(x.numel(), size, codec.block)
     inbox = yield from _to_owners(codec, memory, call, x, shards)

@@ -118,10 +118,10 @@ class Scheme(BaseModel):
         """Bits that each of `size` ranks sends, the mean over ranks and steps, to reduce a bucket of `segments`
         once.
         """
-        from ..collectives import even_shards, gather
+        from ..collectives import even_shards, gather, in_one_round
 
         codec, numel = self.codec, total(segments)
-        if self.collective is gather or size <= 2:
+        if self.collective is gather or in_one_round(codec.nbytes(numel), size):
             return (size - 1) * codec.payload_bits(numel)
         shards = [codec.payload_bits(n) for n in even_shards(numel, size, codec.block)]
         return sum(shards) * (size - 1) / size + (size - 1) * max(shards)

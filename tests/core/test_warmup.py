@@ -38,8 +38,11 @@ def test_the_kernels_of_the_first_steps_have_been_called(monkeypatch):
         original = getattr(K, kernel)
         monkeypatch.setattr(K, kernel, lambda *a, k=kernel, f=original, **kw: called.add(k) or f(*a, **kw))
     for name in ("double_quantization", "marsit", "scalecom"):
-        settings = config(name)
-        warm_up(settings, plan_of(settings), 1, 3)
+        settings = config(name, bucket_mb=2)  # a long message, by owners, and a short one, gathered
+        specs = [TensorSpec("long", (1024, 512), "float32"), TensorSpec("short", (64, 64), "float32")]
+        plan = make_plan(settings, specs)
+        assert len(plan.buckets) == 2
+        warm_up(settings, plan, 1, 3)
     assert called == {
         "uniform_encode", "uniform_decode", "uniform_reduce", "uniform_round", "one_hot_signs", "chunk_select"
     }  # fmt: skip
