@@ -130,5 +130,5 @@ def test_the_experiment_on_the_page_is_valid_and_names_every_key(tmp_path: Path)
 
 def test_every_sweep_that_a_page_names_is_there() -> None:
     pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs/benchmarks").glob("*.md"))
-    named = set(re.findall(r"launch/bench/[a-z]+\.yaml", pages))
+    named = set(re.findall(r"launch/bench/[a-z_]+\.yaml", pages))
     assert named == {f"launch/bench/{path.name}" for path in (ROOT / "launch/bench").glob("*.yaml")}
