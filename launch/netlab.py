@@ -84,7 +84,8 @@ class NetLab:
     Args:
         hosts: number of hosts, 1 to 200; one rank runs on each.
         rate: link rate in the syntax of `tc` (bits a second), such as "1gbit" or "100mbit"; None leaves links unshaped.
-        pin: give each host CPUs of its own as far as they go, so that hosts do not steal time from each other.
+        pin: give every host CPUs of its own, or, where hosts are a multiple of the CPUs, each CPU to as many. Left
+            to the scheduler, three of four are on one of two CPUs for a while, and the job waits for them.
 
     Raises:
         NetLabError: a command failed; whatever had been built is removed.
@@ -199,9 +200,11 @@ class NetLab:
         """Command prefix that runs what follows on `host`."""
         prefix = ["ip", "netns", "exec", self.namespaces[host]]
         cpus = sorted(os.sched_getaffinity(0))
-        if self.pin and len(cpus) >= self.hosts and shutil.which("taskset"):
-            share = len(cpus) // self.hosts
-            prefix += ["taskset", "-c", ",".join(map(str, cpus[host * share : (host + 1) * share]))]
+        even = self.hosts <= len(cpus) or self.hosts % len(cpus) == 0
+        if self.pin and even and shutil.which("taskset"):
+            share = max(1, len(cpus) // self.hosts)
+            first = host * share % len(cpus)
+            prefix += ["taskset", "-c", ",".join(map(str, cpus[first : first + share]))]
         return prefix
 
     def counters(self) -> list[Counters]:

@@ -45,10 +45,15 @@ class Part(NamedTuple):
 
 
 class Route(NamedTuple):
-    """How one buffer is cut into runs, and what becomes of them."""
+    """How one buffer is cut into runs, and what becomes of them.
+
+    Attributes:
+        whole: one scheme reduces the buffer as it lies, from end to end, and this rank needs all of the result.
+    """
 
     runs: list[int]
     parts: tuple[Part, ...]
+    whole: bool
 
 
 class CompressedBackend(TorchBackend):
@@ -161,6 +166,11 @@ class Session:
         self.gradient_bytes += tensor.numel() * tensor.element_size()
         # The reducer works on this rank's own gradients, in units of the unscaled loss, and returns their average.
         unit = scope.unit / loss_scale(self.engine)
+        if route.whole and tensor.dtype == torch.float32:
+            flat, (part,) = tensor.view(-1), route.parts
+            result = self.reducer.reduce(part.bucket, flat.mul_(unit), part.shards)
+            torch.mul(result, self.size / unit, out=flat)
+            return True
         runs = tensor.view(-1).split(route.runs)
         chosen = [[runs[i] for i in part.order] for part in route.parts]
         jobs = []
@@ -240,7 +250,9 @@ class Session:
             sizes = [sum(p.numel for _, p in members if p.owner == rank) for rank in range(self.size)]
             shards = sizes if owned else None
             parts.append(Part(bucket, tuple(i for i, _ in members), [p.numel for _, p in members], shards, kept))
-        return Route([piece.numel for piece in pieces], tuple(parts))
+        every = tuple(range(len(pieces)))
+        whole = len(parts) == 1 and parts[0].order == parts[0].kept == every
+        return Route([piece.numel for piece in pieces], tuple(parts), whole)
 
     def _join(self, pieces: list[Piece], owned: bool) -> list[Segment]:
         """Segments of a bucket. Without owners, consecutive slices of one parameter are one segment again."""

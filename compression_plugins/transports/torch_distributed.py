@@ -17,6 +17,9 @@ from .waiting import stay_awake
 
 #: torch 2.13 renamed it; the old name warns there.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+#: Bytes up to which payloads on the host are gathered by an all-to-all, which sends to every rank at once. Gloo's
+#: all-gather hands them round a ring, and each of its n - 1 hops waits for a thread to wake.
+_DIRECT = 1 << 17
 
 
 class TorchDistributed(Transport):
@@ -52,6 +55,10 @@ class TorchDistributed(Transport):
         if self.size == 1:
             return Done(x.clone().view(1, -1))
         result = x.new_empty(self.size, x.numel())
+        if x.is_cpu and x.nbytes <= _DIRECT:
+            copies = x.repeat(self.size)
+            work = dist.all_to_all_single(result.view(-1), copies, group=self.group, async_op=True)
+            return _Pending(work, result, copies)
         work = _all_gather(result.view(-1), x, group=self.group, async_op=True)
         return _Pending(work, result, x)
 

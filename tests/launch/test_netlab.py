@@ -71,6 +71,16 @@ def test_a_link_is_no_faster_than_its_rate_and_every_byte_is_counted() -> None:
 
 
 @needs_lab
+def test_hosts_share_the_cpus_evenly_also_where_there_are_more_hosts(tmp_path: Path) -> None:
+    cpus = sorted(os.sched_getaffinity(0))
+    tell = "import os, sys; open(sys.argv[1], 'w').write(repr(sorted(os.sched_getaffinity(0))))"
+    with NetLab(hosts=2 * len(cpus)) as lab:
+        files = [tmp_path / str(host) for host in range(lab.hosts)]
+        lab.on_hosts([[sys.executable, "-c", tell, str(file)] for file in files]).wait(30)
+    assert sorted(file.read_text() for file in files) == sorted(2 * [repr([cpu]) for cpu in cpus])
+
+
+@needs_lab
 def test_two_labs_do_not_clash_and_neither_hears_the_other() -> None:
     with NetLab(hosts=2) as one, NetLab(hosts=2) as other:
         assert not set(one.namespaces) & set(other.namespaces)

@@ -9,6 +9,8 @@ import torch
 
 from compression_plugins.transports.base import Handle, Transport
 
+LONG = (1 << 17) + 1  #: bytes: no transport treats this as a short payload
+
 
 def check(transport: Transport, name: str = "contract") -> Generator[Handle, Any, torch.Tensor]:
     """Yields handles, is sent their results and raises AssertionError where the contract is broken."""
@@ -25,6 +27,8 @@ def check(transport: Transport, name: str = "contract") -> Generator[Handle, Any
 
     rows = yield job.all_gather(torch.tensor([rank, 7], dtype=torch.uint8))
     assert rows.tolist() == [[r, 7] for r in range(size)]
+    long = torch.full((LONG,), rank, dtype=torch.uint8)
+    assert torch.equal((yield job.all_gather(long)), torch.arange(size, dtype=torch.uint8).view(-1, 1).expand(-1, LONG))
 
     send = [to + 1 for to in range(size)]  # rank `to` gets to + 1 elements from everybody
     outbox = torch.cat([torch.full((n,), 10 * rank + to, dtype=torch.uint8) for to, n in enumerate(send)])
@@ -38,6 +42,12 @@ def check(transport: Transport, name: str = "contract") -> Generator[Handle, Any
     assert (yield job.exchange(mine, to=right, source=left)).tolist() == [left] * 4
 
     around = (size - 1) / size
-    expected = 2 * around * (20 + 12) + (size - 1) * 2 + (sum(send) - send[rank]) + around * 4 + (4 if size > 1 else 0)
+    expected = (
+        2 * around * (20 + 12)
+        + (size - 1) * (2 + LONG)
+        + (sum(send) - send[rank])
+        + around * 4
+        + (4 if size > 1 else 0)
+    )
     assert abs(transport.sent - before - expected) < 1e-6, "sent counts what a ring would send"
     return total
