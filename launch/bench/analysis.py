@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -50,15 +50,20 @@ Times = dict[str, float]
 
 @dataclass(frozen=True)
 class Results:
-    """All rows of some files, the last of each cell; `rows` were measured, `failures` were not."""
+    """The rows of some files, the last of each cell; `rows` were measured, `failures` were not."""
 
     rows: Sequence[Row]
     failures: Sequence[Row]
 
     @classmethod
-    def load(cls, paths: Iterable[Path]) -> Results:
-        """Raises `ConfigError` for a file that holds no rows."""
-        found = list(latest(row for path in paths for row in read(path)).values())
+    def load(cls, paths: Iterable[Path], keys: Container[str] | None = None) -> Results:
+        """The cells of `keys`, or all: what an experiment's file said before it was changed stays in results.jsonl.
+
+        Raises:
+            ConfigError: a file that holds no rows.
+        """
+        rows = latest(row for path in paths for row in read(path))
+        found = [row for key, row in rows.items() if keys is None or key in keys]
         return cls([r for r in found if "error" not in r], [r for r in found if "error" in r])
 
     def of(self, kind: str, group: Group | None = None) -> list[Row]:

@@ -66,7 +66,8 @@ def run(options: argparse.Namespace) -> int:
     if all("error" in row for row in store.rows.values()):
         return 1
     whole = not (outcome.failed or outcome.left)
-    path = write([out / "results.jsonl"], out, options.publish and whole)
+    keys = {cell.key for cell in wanted}
+    path = write([out / "results.jsonl"], out, options.publish and whole, keys=keys)
     print(f"report: {path}")
     if options.publish and not whole:
         print("nothing was published: that needs every cell; the same command goes on from here")

@@ -9,7 +9,7 @@ Every part appears once its rows are there, so a sweep may be looked at while it
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -61,14 +61,21 @@ def parse_targets(texts: Sequence[str]) -> dict[str, float]:
 
 
 def write(
-    paths: Sequence[Path], out: Path, publish_too: bool = False, targets: Mapping[str, float] | None = None
+    paths: Sequence[Path],
+    out: Path,
+    publish_too: bool = False,
+    targets: Mapping[str, float] | None = None,
+    keys: Container[str] | None = None,
 ) -> Path:
     """Writes index.html, and a picture and a Markdown text a section, into `out`; returns the page's path.
+
+    Args:
+        keys: of the cells to report; all that the files hold without it.
 
     Raises:
         ConfigError: a file cannot be read or holds no measured row; nothing to publish.
     """
-    results = Results.load(paths)
+    results = Results.load(paths, keys)
     if not results.rows:
         raise ConfigError(f"no measured row in {', '.join(map(str, paths))}")
     out.mkdir(parents=True, exist_ok=True)

@@ -47,5 +47,9 @@ def test_a_bench_measures_its_cells_once_counts_their_bytes_and_reports(tmp_path
     assert 2 * half < timed["ddp/none"]["sent_bytes"] < 1.3 * 2 * half
     assert half < timed["ddp/bf16"]["sent_bytes"] < 1.3 * half
     assert all(row["compute_s"] > 0 and row["step_s"] > 0 for row in rows)
+    with (out / "results.jsonl").open("a") as store:
+        store.write(json.dumps({**rows[0], "key": "of the file before it was changed", "step_s": 9.0}) + "\n")
+    command("bench", file, "--out", out)
+    assert "<dd>2 speed</dd>" in (out / "index.html").read_text(), "only what the file says now is compared"
     command("report", out / "results.jsonl", "--out", tmp_path / "report")
-    assert "ddp/bf16" in (tmp_path / "report/index.html").read_text()
+    assert "<dd>3 speed</dd>" in (tmp_path / "report/index.html").read_text(), "a merged report holds all"
