@@ -17,9 +17,9 @@ from .waiting import stay_awake
 
 #: torch 2.13 renamed it; the old name warns there.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-#: Bytes up to which payloads on the host are gathered by an all-to-all, which sends to every rank at once. Gloo's
-#: all-gather hands them round a ring, and each of its n - 1 hops waits for a thread to wake.
-_DIRECT = 1 << 17
+#: Bytes gathered in all, up to which ranks on the host use an all-to-all, which sends to every rank at once. Gloo's
+#: all-gather hands payloads round a ring, and each of its n - 1 hops waits for a thread to wake.
+_DIRECT = 1 << 19
 
 
 class TorchDistributed(Transport):
@@ -55,7 +55,7 @@ class TorchDistributed(Transport):
         if self.size == 1:
             return Done(x.clone().view(1, -1))
         result = x.new_empty(self.size, x.numel())
-        if x.is_cpu and x.nbytes <= _DIRECT:
+        if x.is_cpu and result.nbytes <= _DIRECT:
             copies = x.repeat(self.size)
             work = dist.all_to_all_single(result.view(-1), copies, group=self.group, async_op=True)
             return _Pending(work, result, copies)

@@ -63,10 +63,10 @@ def run(options: argparse.Namespace) -> int:
             print("interrupted: job ended, network removed; the same command goes on from here")
             return 130
     print(f"{outcome.measured} cells measured, {outcome.failed} failed, {outcome.left} left")
-    if all("error" in row for row in store.rows.values()):
+    keys = {cell.key for cell in wanted}
+    if not any(store.finished(key) for key in keys):
         return 1
     whole = not (outcome.failed or outcome.left)
-    keys = {cell.key for cell in wanted}
     path = write([out / "results.jsonl"], out, options.publish and whole, keys=keys)
     print(f"report: {path}")
     if options.publish and not whole:

@@ -9,7 +9,7 @@ import torch
 
 from compression_plugins.transports.base import Handle, Transport
 
-LONG = (1 << 17) + 1  #: bytes: no transport treats this as a short payload
+LONG = 1 << 19  #: bytes: no transport treats this as a short payload
 
 
 def check(transport: Transport, name: str = "contract") -> Generator[Handle, Any, torch.Tensor]:
