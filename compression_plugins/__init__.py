@@ -10,11 +10,11 @@ TYPE_CHECKING = False  # as in typing; this package is imported at every interpr
 if TYPE_CHECKING:
     from typing import Any
 
-    from .adapters.horovod import Compression as Compression
+    from .adapters.horovod.optimizer import Compression as Compression
     from .config import Config as Config
+    from .engine.reducer import Reducer as Reducer
     from .errors import CompressionError as CompressionError
-    from .reducer import Reducer as Reducer
-    from .registry import register as register
+    from .schemes.registry import register as register
 
 __version__ = "0.1.0"
 _PLACES = {

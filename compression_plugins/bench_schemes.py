@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from . import registry
 from .bench_timing import machine, one_thread
 from .config import Config
-from .plan import Bucket, Segment
-from .reducer import Reducer
+from .engine.plan import Bucket, Segment
+from .engine.reducer import Reducer
+from .schemes import registry
 from .transports.local import LocalWorld, drive
 
 

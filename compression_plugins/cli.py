@@ -11,10 +11,11 @@ from collections.abc import Sequence
 
 import yaml
 
-from . import __version__, registry
+from . import __version__
 from .config import Config, parse_assignments
+from .core.call import Segment
 from .errors import CompressionError
-from .schemes.base import Segment
+from .schemes import registry
 
 #: Commands with a parser of their own, imported when called.
 COMMANDS = {
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status. A mistake of the user prints one line and returns 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["horovodrun"]:  # everything after it belongs to horovodrun's own parser
-        from .adapters.horovod_launch import main as horovodrun
+        from .adapters.horovod.launch import main as horovodrun
 
         return horovodrun(arguments[1:])
     if arguments and arguments[0].startswith("--local_rank="):  # DeepSpeed's launcher puts it first

@@ -41,7 +41,7 @@ def digest(*parts):
 
 def horovod_variables():
     """Horovod's build variables as one string: a change of them means another build."""
-    from compression_plugins import install_horovod
+    from compression_plugins.adapters.horovod import build as install_horovod
 
     return repr(install_horovod.build_variables(os.environ))
 
@@ -71,7 +71,7 @@ def stages():
 
 def pip(label, *arguments):
     """One pip command in `.venv`, reported as one line."""
-    from compression_plugins.build_env import run_logged
+    from compression_plugins.adapters.horovod.build_env import run_logged
 
     run_logged(label, [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install", *arguments], LOG)
 
@@ -95,7 +95,7 @@ def install_horovod():
 
 def make_venv():
     """`.venv` of this Python; one that stands already is kept and completed."""
-    from compression_plugins.build_env import SetupError, run_logged
+    from compression_plugins.adapters.horovod.build_env import SetupError, run_logged
 
     configuration = VENV / "pyvenv.cfg"
     if configuration.exists():
@@ -118,7 +118,7 @@ def is_pending(stage):
 def main():
     old = preflight.check_python()
     preflight.report([old] if old else [])
-    from compression_plugins.build_env import SetupError
+    from compression_plugins.adapters.horovod.build_env import SetupError
 
     try:
         todo = [stage for stage in stages() if is_pending(stage)]

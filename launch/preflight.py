@@ -41,7 +41,7 @@ def check_machine():
         return [problem]
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
-    from compression_plugins import build_env
+    from compression_plugins.adapters.horovod import build_env
 
     env = build_env.with_own_scripts(os.environ)
     need_gb = VENV_GB + (CUDA_GB if os.path.exists("/proc/driver/nvidia/version") else 0.0)

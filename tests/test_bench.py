@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from compression_plugins import bench, bench_kernels, registry
+from compression_plugins import bench, bench_kernels
+from compression_plugins.schemes import registry
 from compression_plugins.triton_kernels import dispatch
 
 COLUMNS = {

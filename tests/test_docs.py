@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from compression_plugins import cli
-from compression_plugins.adapters.deepspeed import parse
+from compression_plugins.adapters.deepspeed.engine import parse
 from compression_plugins.config import Config
 from launch.report import README_BEGIN, README_END
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from compression_plugins import build_env
-from compression_plugins import install_horovod as ih
-from compression_plugins.build_env import SetupError
+from compression_plugins.adapters.horovod import build as ih
+from compression_plugins.adapters.horovod import build_env
+from compression_plugins.adapters.horovod.build_env import SetupError
 
 GLOO = ih.Features(gloo=True, mpi=None, nccl=None)
 

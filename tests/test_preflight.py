@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from compression_plugins import build_env
+from compression_plugins.adapters.horovod import build_env
 from launch import bootstrap, preflight
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from compression_plugins.config import Config
-from compression_plugins.plan import Bucket, TensorSpec, make_plan
-from compression_plugins.reducer import Reducer
+from compression_plugins.engine.plan import Bucket, TensorSpec, make_plan
+from compression_plugins.engine.reducer import Reducer
 from compression_plugins.transports.local import LocalWorld, drive
 
 SHAPES = {"first.weight": (37, 50), "second.weight": (30, 41)}
@@ -36,11 +36,9 @@ def config(scheme: str, **overrides: Any) -> Config:
 class World:
     """Reducers of `size` ranks over one plan; `step` averages one gradient a rank."""
 
-    def __init__(
-        self, config: Config, size: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES, undo: bool = False
-    ) -> None:
+    def __init__(self, config: Config, size: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> None:
         self.size, self.local = size, LocalWorld(size)
-        self.reducers = [Reducer(config, transport, undo=undo) for transport in self.local.transports]
+        self.reducers = [Reducer(config, transport) for transport in self.local.transports]
         self.plan = make_plan(config, [TensorSpec(name, shape, "float32") for name, shape in shapes.items()])
 
     @property
@@ -67,7 +65,7 @@ class World:
 
     def memory(self) -> Tensor:
         """Mean of the ranks' residuals, in float64."""
-        return torch.stack([r.state.residual(self.bucket) for r in self.reducers]).double().mean(0)
+        return torch.stack([r.state.kept(self.bucket) for r in self.reducers]).double().mean(0)
 
 
 def mean(gradients: Sequence[Tensor]) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..config import Config
-from ..plan import Bucket
-from ..reducer import Reducer
-from ..schemes.base import Scheme, Segment
+from ..core.call import Segment
+from ..engine.plan import Bucket
+from ..engine.reducer import Reducer
+from ..schemes.base import Scheme
 from ..transports.local import LocalWorld, drive
 
 _SHAPE = (128, 256)

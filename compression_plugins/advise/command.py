@@ -89,7 +89,7 @@ def _advise(
     speaks: bool,
     transport: Any = None,
 ) -> int:
-    from ..plan import make_plan
+    from ..engine.plan import make_plan
     from . import report
     from .accuracy import update_error
     from .choose import BASELINES, Row, choose
@@ -164,8 +164,8 @@ def _is(options: argparse.Namespace, name: str) -> bool:
 
 
 def _candidates(options: argparse.Namespace) -> dict[str, Config]:
-    from .. import registry
     from ..config import Config
+    from ..schemes import registry
 
     names = options.schemes or registry.names()
     found = {name: Config.load(name) for name in dict.fromkeys(["none", "bf16", *names])}

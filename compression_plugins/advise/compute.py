@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..engine.plan import TensorSpec
 from ..errors import ConfigError
-from ..plan import TensorSpec
 from .shapes import Shapes
 from .work import clock
 

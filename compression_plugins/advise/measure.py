@@ -150,7 +150,7 @@ def _start(transport: Transport, kind: str, x: Tensor) -> Handle:
         "all_gather": lambda: transport.all_gather(x),
         "all_to_all": lambda: transport.all_to_all(x, [x.numel() // size] * size, [x.numel() // size] * size),
         "broadcast": lambda: transport.broadcast(x, 0),
-        "exchange": lambda: transport.exchange(x, (rank + 1) % size, (rank - 1) % size),
+        "exchange": lambda: transport.send_recv(x, (rank + 1) % size, (rank - 1) % size),
     }
     return starts[kind]()
 

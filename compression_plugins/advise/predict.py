@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..config import Config
-from ..plan import Bucket, make_plan
+from ..engine.plan import Bucket, make_plan
 from ..schemes.base import Scheme
 from .compute import Compute
 from .network import Network

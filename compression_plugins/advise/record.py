@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ..config import Config
-from ..plan import Bucket
-from ..reducer import Reducer
-from ..schemes.base import Scheme, Segment
+from ..core.call import Segment
+from ..engine.plan import Bucket
+from ..engine.reducer import Reducer
+from ..schemes.base import Scheme
 from ..transports.base import Handle
 from ..transports.echo import EchoTransport
 
@@ -110,8 +111,8 @@ class RecordingTransport(EchoTransport):
     def broadcast(self, x: Tensor, root: int) -> Handle:
         return self._note("broadcast", x, lambda: super(RecordingTransport, self).broadcast(x, root))
 
-    def exchange(self, x: Tensor, to: int, source: int) -> Handle:
-        return self._note("exchange", x, lambda: super(RecordingTransport, self).exchange(x, to, source))
+    def send_recv(self, x: Tensor, to: int, source: int, receive: int | None = None) -> Handle:
+        return self._note("exchange", x, lambda: super(RecordingTransport, self).send_recv(x, to, source, receive))
 
 
 class Trace(NamedTuple):

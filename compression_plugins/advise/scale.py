@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import get_args
 
 from ..config import Config
+from ..engine.plan import make_plan
 from ..errors import UnsupportedError
-from ..plan import make_plan
 from .compute import Compute
 from .network import Given, Topology
 from .predict import step

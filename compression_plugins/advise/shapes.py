@@ -10,8 +10,8 @@ from typing import Annotated
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..config import read_document
+from ..engine.plan import TensorSpec
 from ..errors import ConfigError, nearest
-from ..plan import TensorSpec
 
 #: One parameter: its name, its shape, and the multiply-adds of the forward pass that use it, a sample.
 _Entry = tuple[str, tuple[int, ...], float]

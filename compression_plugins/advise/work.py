@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..plan import Bucket
-from ..schemes.base import Scheme, Segment
+from ..core.call import Segment
+from ..engine.plan import Bucket
+from ..schemes.base import Scheme
 from .record import Operation, Trace, Work, clock, record, sent_bytes, slowest
 
 __all__ = ["Codecs", "Operation", "Profile", "Work", "sent_bytes"]
@@ -230,7 +231,7 @@ class Codecs:
 
 def _weights_s(scheme: Any, device: str, numel: int) -> float:
     """Seconds an element."""
-    from ..weights import QuantizedWeights
+    from ..optimizer.quantized_weights import QuantizedWeights
 
     parameter = torch.randn(numel, device=device)
     weights = QuantizedWeights(scheme, [("sample", parameter)])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..memories import Memory
+    from ..core.memory import Memory, Vector
     from ..triton_kernels import Key
 
 
@@ -17,11 +17,9 @@ class Codec(ABC):
     long.
 
     Attributes:
-        unbiased: E[decode(encode(x))] = x over the random key.
         block: shards are cut at multiples of it, so that a shard's blocks are the whole tensor's blocks.
     """
 
-    unbiased: bool = False
     block: int
 
     @abstractmethod
@@ -40,12 +38,12 @@ class Codec(ABC):
         x: Tensor,
         key: Key,
         memory: Memory | None = None,
-        residual: Tensor | None = None,
+        residual: Vector | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Compress flat `x` (fp32, fp16, bf16) into a payload, written to `out` when given.
 
-        With a memory, `x` is compensated first and `residual` (fp32, same length) is updated in place.
+        With a memory, `x` is compensated first by `residual.old`, and `residual.new` is written (fp32, same length).
         """
 
     @abstractmethod
@@ -55,7 +53,7 @@ class Codec(ABC):
         """fp32 values, times `weight`; with `accumulate`, added to `out`."""
 
     @abstractmethod
-    def reduce(self, payloads: Tensor, numel: int, key: Key) -> Tensor:
+    def merge(self, payloads: Tensor, numel: int, key: Key) -> Tensor:
         """Decode the rows of `payloads` (uint8 [n, nbytes]), average them in rank order and encode the mean."""
 
     def average(self, payloads: Tensor, numel: int, out: Tensor) -> Tensor:
@@ -69,6 +67,6 @@ class Codec(ABC):
         return 8 * self.nbytes(numel)
 
 
-def memory_arguments(memory: Memory | None, residual: Tensor | None) -> dict[str, Any]:
+def memory_arguments(memory: Memory | None, residual: Vector | None) -> dict[str, Any]:
     """Keyword arguments for a fused encode kernel: none at all without a memory."""
     return {} if memory is None or residual is None else memory.kernel_arguments(residual)

@@ -11,7 +11,7 @@ from .base import Codec, memory_arguments
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..memories import Memory
+    from ..core.memory import Memory, Vector
     from ..triton_kernels import Key
 
 
@@ -36,7 +36,7 @@ class Cast(Codec):
         x: Tensor,
         key: Key,
         memory: Memory | None = None,
-        residual: Tensor | None = None,
+        residual: Vector | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         return K.cast_encode(x, self.kind, self.block, out=out, **memory_arguments(memory, residual))
@@ -46,5 +46,5 @@ class Cast(Codec):
     ) -> Tensor:
         return K.cast_decode(payload, numel, self.kind, self.block, out=out, weight=weight, accumulate=accumulate)
 
-    def reduce(self, payloads: Tensor, numel: int, key: Key) -> Tensor:
+    def merge(self, payloads: Tensor, numel: int, key: Key) -> Tensor:
         return K.cast_reduce(payloads, numel, self.kind, self.block)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .. import triton_kernels as K
+from .._lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,8 +23,6 @@ def chunk_scatter(indices: Tensor, values: Tensor, chunk: int, out: Tensor) -> T
 
 def chunk_add(indices: Tensor, values: Tensor, chunk: int, out: Tensor) -> Tensor:
     """`out`, to which `values[i]` is added at place `indices[i]` of chunk i; arguments as in `chunk_scatter`."""
-    import torch
-
     starts = torch.arange(0, out.numel(), chunk, device=indices.device)
     places = (starts + indices).clamp_(max=out.numel() - 1)
     return K.scatter_add(places, values, out)

@@ -11,7 +11,7 @@ from .base import Codec, memory_arguments
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..memories import Memory
+    from ..core.memory import Memory, Vector
     from ..triton_kernels import Key
 
 
@@ -36,7 +36,7 @@ class Sign(Codec):
         x: Tensor,
         key: Key,
         memory: Memory | None = None,
-        residual: Tensor | None = None,
+        residual: Vector | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         return K.sign_encode(x, self.block, out=out, **memory_arguments(memory, residual))
@@ -46,5 +46,5 @@ class Sign(Codec):
     ) -> Tensor:
         return K.sign_decode(payload, numel, self.block, out=out, weight=weight, accumulate=accumulate)
 
-    def reduce(self, payloads: Tensor, numel: int, key: Key) -> Tensor:
+    def merge(self, payloads: Tensor, numel: int, key: Key) -> Tensor:
         return K.sign_reduce(payloads, numel, self.block)

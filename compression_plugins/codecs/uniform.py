@@ -11,7 +11,7 @@ from .base import Codec, memory_arguments
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..memories import Memory
+    from ..core.memory import Memory, Vector
     from ..triton_kernels import Key
 
 
@@ -28,10 +28,6 @@ class Uniform(Codec):
     scale: Literal["absmax", "l2"] = "absmax"
     rounding: Literal["stochastic", "nearest"] = "stochastic"
 
-    @property
-    def unbiased(self) -> bool:  # type: ignore[override]
-        return self.rounding == "stochastic"
-
     def nbytes(self, numel: int) -> int:
         return K.layout.uniform_bytes(numel, self.bits, self.block)
 
@@ -43,7 +39,7 @@ class Uniform(Codec):
         x: Tensor,
         key: Key,
         memory: Memory | None = None,
-        residual: Tensor | None = None,
+        residual: Vector | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         return K.uniform_encode(
@@ -55,7 +51,7 @@ class Uniform(Codec):
     ) -> Tensor:
         return K.uniform_decode(payload, numel, self.bits, self.block, out=out, weight=weight, accumulate=accumulate)
 
-    def reduce(self, payloads: Tensor, numel: int, key: Key) -> Tensor:
+    def merge(self, payloads: Tensor, numel: int, key: Key) -> Tensor:
         return K.uniform_reduce(payloads, numel, self.bits, self.block, key, self.scale, self.rounding)
 
     def average(self, payloads: Tensor, numel: int, out: Tensor) -> Tensor:

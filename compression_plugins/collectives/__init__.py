@@ -2,23 +2,38 @@
 many.
 """
 
-from .dense import dense_sum
+from .dense import dense_mean
 from .fold import ring_fold
 from .half_mean import half_mean, half_mean_bits
-from .payloads import gather, in_one_round, reduce_scatter, two_stage
+from .payloads import (
+    GATHER,
+    TWO_STAGE,
+    Collective,
+    gather_mean,
+    gather_shards,
+    in_one_round,
+    mix,
+    scatter_mean,
+    two_stage,
+)
 from .shards import even_shards
 from .shared_index import shared_index
 from .torus import square_rows, torus_fold
 
 __all__ = [
-    "dense_sum",
+    "GATHER",
+    "TWO_STAGE",
+    "Collective",
+    "dense_mean",
     "even_shards",
-    "gather",
+    "gather_mean",
+    "gather_shards",
     "half_mean",
     "half_mean_bits",
     "in_one_round",
-    "reduce_scatter",
+    "mix",
     "ring_fold",
+    "scatter_mean",
     "shared_index",
     "square_rows",
     "torus_fold",

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..schemes.base import Call, Reduction
+    from ..core.call import Call, Reduction
 
 
-def dense_sum(call: Call, x: Tensor) -> Reduction:
-    """All-reduce of the values themselves, then the mean. Also the way of every payload that may be summed."""
+def dense_mean(call: Call, x: Tensor) -> Reduction:
+    """All-reduce of the values themselves, in their own dtype, then the mean. Also the way of payloads that sum."""
     total = yield call.transport.all_reduce(x)
     return total.div_(call.transport.size)

@@ -43,7 +43,7 @@ def reduce_round(
     parts = list(parts)
     for hop in range(1, len(ring)):
         outgoing, incoming = (place - hop + 1) % len(ring), (place - hop) % len(ring)
-        received = yield transport.exchange(parts[outgoing], to=right, source=left)
+        received = yield transport.send_recv(parts[outgoing], to=right, source=left)
         parts[incoming] = merge(received, parts[incoming], hop)
     return parts
 
@@ -54,7 +54,7 @@ def gather_round(transport: Transport, ring: Sequence[int], parts: list[Tensor])
     parts = list(parts)
     for hop in range(len(ring) - 1):
         outgoing, incoming = (place + 1 - hop) % len(ring), (place - hop) % len(ring)
-        parts[incoming] = yield transport.exchange(parts[outgoing], to=right, source=left)
+        parts[incoming] = yield transport.send_recv(parts[outgoing], to=right, source=left)
     return parts
 
 

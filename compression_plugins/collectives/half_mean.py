@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
+from .._lazy import torch
 from ..codecs import Cast
-from ..memories import ERROR_FEEDBACK, Memory
-from .payloads import gather
+from ..core.memory import ERROR_FEEDBACK, Memory, Vector
+from .payloads import gather_mean, scatter_mean
 from .shards import decode_shards, even_shards
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..schemes.base import Call, Phases
+    from ..core.call import Call, Program
 
 Half = Literal["fp16", "bf16"]
 _WORD = 2  # values in a 4-byte word, at which shards are cut
 
 
-def half_mean(call: Call, values: Tensor, kind: Half) -> Phases[tuple[Tensor, Tensor]]:
+def half_mean(call: Call, values: Tensor, kind: Half) -> Program[tuple[Tensor, Tensor]]:
     """Mean over ranks of `values` (fp32 [k], overwritten), which travel as fp16 or bf16 and are added in fp32.
 
     An all-to-all of shards, an fp32 sum by the owner of each shard, an all-gather: the bytes of an all-reduce of 16-bit
@@ -32,27 +34,41 @@ def half_mean(call: Call, values: Tensor, kind: Half) -> Phases[tuple[Tensor, Te
         (values - lost) is the mean: with `lost` added to its residual, a memory still remembers all that was not sent.
         What the owner lost in rounding the mean counts n-fold in its own `lost`.
     """
-    import torch
-
     codec, size, rank = Cast(kind), call.transport.size, call.transport.rank
     limit = torch.finfo(torch.float16 if kind == "fp16" else torch.bfloat16).max
     sendable = values.clamp(-limit, limit)
     lost = values.sub_(sendable).nan_to_num_(0.0)
+    law = Memory(alpha=0.0)
+    outward = replace(call, state=_Loss(lost))
+    if size <= 2:
+        return (yield from gather_mean(codec, law, outward, sendable)), lost
 
-    shards = even_shards(values.numel(), size, _WORD) if size > 2 else None
-    outward = replace(call, shards=shards, residual=lambda: lost)
-    mean = yield from gather(codec, Memory(alpha=0.0), outward, sendable)
-    if shards is None:
-        return mean, lost
-
+    shards = even_shards(values.numel(), size, _WORD)
+    mean = yield from scatter_mean(codec, law, replace(outward, shards=shards), sendable)
     own, mine = shards[rank], mean.split(shards)[rank]
     slot = torch.zeros(codec.nbytes(max(shards)), dtype=torch.uint8, device=mean.device)
     rounding = torch.zeros_like(mine)
     if own:
-        codec.encode(mine, call.key, ERROR_FEEDBACK, rounding, out=slot[: codec.nbytes(own)])
+        codec.encode(mine, call.key, ERROR_FEEDBACK, Vector(rounding, rounding), out=slot[: codec.nbytes(own)])
         lost.split(shards)[rank].add_(rounding, alpha=size)
     outbox = yield call.transport.all_gather(slot)
     return decode_shards(codec, outbox, shards, mean), lost
+
+
+class _Loss:
+    """Slots whose one vector takes what rounding loses."""
+
+    def __init__(self, lost: Tensor) -> None:
+        self._lost = lost
+
+    def vector(self, slot: str, peer: int | None = None) -> Tensor:
+        return self._lost
+
+    def exchange(self, slot: str, peer: int | None = None) -> Vector:
+        return Vector(self._lost, self._lost)
+
+    def tensor(self, slot: str, name: str, make: Callable[[], Tensor]) -> Tensor:
+        return make()
 
 
 def half_mean_bits(numel: int, size: int, kind: Half) -> float:

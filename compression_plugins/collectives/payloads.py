@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
+from .._lazy import torch
+from ..core.streams import Purpose, of
 from .shards import decode_shards, encode_shards, even_shards
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..codecs import Codec
-    from ..memories import Memory
-    from ..schemes.base import Call, Reduction
+    from ..core.call import Call, Reduction
+    from ..core.memory import Memory
 
-_SECOND_STAGE = 1 << 16  # random stream of the owners' encode, apart from the streams that adapters count in
 #: Bytes more that a rank sends rather than wait for a second round: what 1 Gb/s carries in a millisecond, which a round
 #: of Horovod takes at least.
 _WORTH_A_ROUND = 1 << 17
+
+
+class Collective(NamedTuple):
+    """How payloads meet.
+
+    Attributes:
+        mean: `mean(codec, memory, call, x)` averages flat fp32 `x` over ranks.
+        bits: `bits(codec, numel, size)`, what each of `size` ranks sends for it, the mean over ranks.
+    """
+
+    mean: Callable[[Codec, Memory | None, Call, Tensor], Reduction]
+    bits: Callable[[Codec, int, int], float]
 
 
 def in_one_round(nbytes: int, size: int) -> bool:
@@ -26,42 +39,72 @@ def in_one_round(nbytes: int, size: int) -> bool:
 
 
 def two_stage(codec: Codec, memory: Memory | None, call: Call, x: Tensor) -> Reduction:
-    """2·b bits an element whatever the number of ranks; every rank decodes the same bytes, so all end with the same
-    bits.
+    """2·b bits for each element whatever the number of ranks; every rank decodes the same bytes, so all end with the
+    same bits.
 
-    The owner of a shard averages in fp32 and encodes once more, so the codec should be unbiased or nearly exact.
-    When the host wants only its shard (`call.shards`), the second stage is left out: see `reduce_scatter`. Short
+    The owner of a shard averages in fp32 and encodes once more, so the codec should be unbiased or nearly exact. Short
     payloads are gathered, in one round and rounded once: see `in_one_round`.
     """
     size = call.transport.size
-    if call.shards is not None or in_one_round(codec.nbytes(x.numel()), size):
-        return (yield from gather(codec, memory, call, x))
+    if in_one_round(codec.nbytes(x.numel()), size):
+        return (yield from gather_mean(codec, memory, call, x))
     shards = even_shards(x.numel(), size, codec.block)
     inbox = yield from _to_owners(codec, memory, call, x, shards)
     own = shards[call.transport.rank]
     slot = inbox.new_zeros(codec.nbytes(max(shards)))
     if own:
-        key = call.key._replace(stream=call.key.stream + _SECOND_STAGE)
-        slot[: codec.nbytes(own)] = codec.reduce(inbox, own, key)
+        slot[: codec.nbytes(own)] = codec.merge(inbox, own, of(call.key, Purpose.OWNER))
     outbox = yield call.transport.all_gather(slot)
     return decode_shards(codec, outbox, shards, x)
 
 
-def gather(codec: Codec, memory: Memory | None, call: Call, x: Tensor) -> Reduction:
-    """Everyone decodes everyone's message: one rounding and exact error feedback, at (n-1)·b bits an element."""
-    if call.shards is not None:
-        return (yield from reduce_scatter(codec, memory, call, x))
+def gather_mean(codec: Codec, memory: Memory | None, call: Call, x: Tensor) -> Reduction:
+    """Everyone decodes everyone's message: one rounding and exact error feedback, at (n-1)·b bits for each element."""
     payload = codec.encode(x, call.key, memory, call.residual() if memory else None)
     payloads = yield call.transport.all_gather(payload)
     return codec.average(payloads, x.numel(), x)
 
 
-def reduce_scatter(codec: Codec, memory: Memory | None, call: Call, x: Tensor) -> Reduction:
-    """One all-to-all: each owner decodes and averages its shard; b bits an element, one rounding, any codec."""
+def scatter_mean(codec: Codec, memory: Memory | None, call: Call, x: Tensor) -> Reduction:
+    """One all-to-all: each owner decodes and averages its shard; b bits for each element, one rounding, any codec."""
     assert call.shards is not None
     inbox = yield from _to_owners(codec, memory, call, x, call.shards)
     mine = x.split(list(call.shards))[call.transport.rank]
     codec.average(inbox, mine.numel(), mine)
+    return x
+
+
+def gather_shards(codec: Codec, memory: Memory | None, call: Call, x: Tensor) -> Reduction:
+    """All shards, from the own one of each rank, at b bits for each element of the others; every rank, the owner too,
+    ends with what the payloads decode to.
+
+    Args:
+        x: fp32, this rank's shard, `call.shards[rank]` elements.
+    """
+    shards, rank = list(call.shards or ()), call.transport.rank
+    payload = x.new_zeros(codec.nbytes(max(shards)), dtype=torch.uint8)
+    if x.numel():
+        start = sum(shards[:rank])
+        residual = call.residual().part(start, start + x.numel()) if memory else None
+        codec.encode(x, call.key, memory, residual, out=payload[: codec.nbytes(x.numel())])
+    payloads = yield call.transport.all_gather(payload)
+    return decode_shards(codec, payloads, shards, x.new_empty(sum(shards)))
+
+
+def mix(codec: Codec, memory: Memory | None, call: Call, x: Tensor, weights: Mapping[int, float]) -> Reduction:
+    """Weighted mean with some neighbours on the ring of ranks: b bits for each element and neighbour.
+
+    Args:
+        weights: offset -> weight: the vector of rank `rank - offset` counts with that weight; offset 0 is this rank's
+            own, which counts as what its message decodes to. All ranks pass the same.
+    """
+    rank, size = call.transport.rank, call.transport.size
+    payload = codec.encode(x, call.key, memory, call.residual() if memory else None)
+    codec.decode(payload, x.numel(), out=x, weight=weights.get(0, 0.0))
+    for offset, weight in sorted(weights.items()):
+        if offset % size:
+            received = yield call.transport.send_recv(payload, to=(rank + offset) % size, source=(rank - offset) % size)
+            codec.decode(received, x.numel(), out=x, weight=weight, accumulate=True)
     return x
 
 
@@ -72,3 +115,18 @@ def _to_owners(codec: Codec, memory: Memory | None, call: Call, x: Tensor, shard
     mine = lengths[call.transport.rank]
     inbox = yield call.transport.all_to_all(outbox, lengths, [mine] * call.transport.size)
     return inbox.view(call.transport.size, mine)
+
+
+def _gather_bits(codec: Codec, numel: int, size: int) -> float:
+    return (size - 1) * codec.payload_bits(numel)
+
+
+def _two_stage_bits(codec: Codec, numel: int, size: int) -> float:
+    if in_one_round(codec.nbytes(numel), size):
+        return _gather_bits(codec, numel, size)
+    shards = [codec.payload_bits(n) for n in even_shards(numel, size, codec.block)]
+    return sum(shards) * (size - 1) / size + (size - 1) * max(shards)
+
+
+GATHER = Collective(gather_mean, _gather_bits)
+TWO_STAGE = Collective(two_stage, _two_stage_bits)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from ..triton_kernels.philox import LANES
+from .._lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..codecs import Codec
-    from ..memories import Memory
+    from ..core.memory import Memory, Vector
     from ..triton_kernels import Key
 
 _LONG = 1 << 17  # values of a shard
@@ -27,21 +27,21 @@ def even_shards(numel: int, size: int, block: int) -> list[int]:
 
 
 def encode_shards(
-    codec: Codec, x: Tensor, shards: Sequence[int], key: Key, memory: Memory | None, residual: Tensor | None
+    codec: Codec, x: Tensor, shards: Sequence[int], key: Key, memory: Memory | None, residual: Vector | None
 ) -> Tensor:
-    """The payloads of the shards of flat `x`, one behind the other, uint8; `residual` is updated in place.
+    """The payloads of the shards of flat `x`, one behind the other, uint8; `residual.new` is written.
 
     Short shards of one length are encoded by one kernel, whose scales and codes are then dealt out: a call for each
     would take longer than the work where ranks are many. No two shards share a random counter.
     """
-    import torch
+    from ..triton_kernels.philox import LANES  # which imports torch
 
     lengths = [codec.nbytes(n) for n in shards]
     outbox = torch.empty(sum(lengths), dtype=torch.uint8, device=x.device)
     joint = _joint(codec, x, shards)
     start = counter = joint * shards[0]
     if joint:
-        payload = codec.encode(x[:start], key, memory, residual[:start] if residual is not None else None)
+        payload = codec.encode(x[:start], key, memory, residual.part(0, start) if residual else None)
         cut = codec.scale_bytes(shards[0]) or 0
         rows = outbox[: payload.numel()].view(joint, -1)
         rows[:, :cut] = payload[: joint * cut].view(joint, -1)
@@ -51,7 +51,7 @@ def encode_shards(
         part = slice(start, start + numel)
         if numel:
             own = key._replace(offset=counter)
-            codec.encode(x[part], own, memory, residual[part] if residual is not None else None, out=slot)
+            codec.encode(x[part], own, memory, residual.part(part.start, part.stop) if residual else None, out=slot)
         start = part.stop
         counter += -(-numel // LANES) * LANES
     return outbox
@@ -59,8 +59,6 @@ def encode_shards(
 
 def decode_shards(codec: Codec, slots: Tensor, shards: Sequence[int], out: Tensor) -> Tensor:
     """Flat fp32 `out`, from the payload at the front of each row of `slots` (uint8 [size, bytes])."""
-    import torch
-
     joint = _joint(codec, out, shards)
     end = joint * shards[0]
     if joint:

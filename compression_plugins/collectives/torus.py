@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import isqrt
 from typing import TYPE_CHECKING
 
+from .._lazy import torch
 from .fold import Merge, Parts, gather_round, reduce_round
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ def torus_fold(transport: Transport, parts: list[Tensor], rows: int, merge: Merg
     Returns:
         The merged parts in segment order, the same bits on every rank.
     """
-    import torch
-
     columns = transport.size // rows
     row, column = divmod(transport.rank, columns)
     across = range(row * columns, (row + 1) * columns)

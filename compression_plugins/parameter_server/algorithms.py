@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import triton_kernels as K
 from ..errors import ConfigError, nearest
-from ..weights import least_bits
+from ..optimizer.weight_law import least_bits
 from . import messages, quantizer
 from .messages import Kind, Message
 from .options import Options

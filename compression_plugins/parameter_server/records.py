@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..seconds import Spent
+from ..core.seconds import Spent
 from . import messages
 from .messages import Kind, Message
 

@@ -1,76 +1,42 @@
-"""What a scheme is: a frozen description, and a generator that reduces one bucket."""
+"""What a scheme is: a frozen description of how the average of one bucket travels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ..memories import Memory
+from ..core.call import Call, Reduction, Segment, total
+from ..core.memory import Memory
+from .registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..codecs import Codec
-    from ..transports.base import Handle, Transport
-    from ..triton_kernels import Key
+    from ..collectives import Collective
+    from ..optimizer.directions import Direction
+    from ..optimizer.hooks import StepHook
+    from ..optimizer.weight_law import WeightLaw
 
-T = TypeVar("T")
-#: Yields handles, is sent their results, and returns a T.
-Phases = Generator["Handle", Any, T]
-#: ... and returns the average.
-Reduction = Phases["Tensor"]
-
-
-class Segment(NamedTuple):
-    """A piece of a parameter inside a bucket: `numel` elements from `start`; `shape` when it is the whole parameter."""
-
-    name: str
-    start: int
-    numel: int
-    shape: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Call:
-    """All that a scheme may know while it reduces one bucket once.
-
-    Attributes:
-        transport: the ranks that take part; its operations are named after this bucket.
-        key: random key of (seed, bucket, step, rank); `stream` separates draws within the call.
-        step: optimizer steps done before this one, the same on every rank and after a resume.
-        compressed_step: the same without the dense steps of the warm-up.
-        segments: the tensors in the bucket, in order.
-        shards: None for an all-reduce; for a reduce-scatter the number of elements that each rank owns, in rank order.
-        residual: fp32 [numel], this rank's memory of the bucket; zeros at first. Only for a scheme that has a memory.
-        state: `state(slot, name, make)` is a tensor that lives across steps, made by `make()` at first.
-        vector: `vector(slot)` is fp32 [numel], a memory of the bucket beside the residual; zeros at first.
-    """
-
-    transport: Transport
-    key: Key
-    step: int
-    compressed_step: int
-    segments: Sequence[Segment]
-    shards: Sequence[int] | None
-    residual: Callable[[], Tensor]
-    state: Callable[[str, str, Callable[[], Tensor]], Tensor]
-    vector: Callable[[str], Tensor]
+#: What a host may ask of a scheme, each a method of the same name.
+Operation = Literal["mean", "scatter_mean", "gather", "mix"]
+_OF_A_CODEC: frozenset[Operation] = frozenset(("mean", "scatter_mean", "gather", "mix"))
+_OF_ITS_OWN: frozenset[Operation] = frozenset(("mean",))
 
 
 class Scheme(BaseModel):
     """Base of all schemes. Fields are the parameters that a configuration may set.
 
-    A scheme made of parts names a `codec`, a `memory` and a `collective`; one that does more overrides `reduce`.
+    A scheme made of parts names a `codec`, a `memory` and a `collective`, and has all operations by that; one that does
+    more overrides `mean`, and states in `operations` what else it has.
 
     Attributes:
         name: the word that selects it.
         paper: authors, year, arXiv id.
-        memory: law of the residual, or None.
-        sums_only: every operation is an all-reduce, so ranks that have left (`hvd.join`) may add zeros.
-        host_dense: nothing is compressed; a host keeps its own path.
+        sums_only: every collective is an all-reduce, so ranks that have left (`hvd.join`) may add zeros.
+        host_dense: nothing is compressed; a host keeps its own path, and tensors their own dtype.
         trains: False for what only measures time.
     """
 
@@ -83,50 +49,135 @@ class Scheme(BaseModel):
     trains: ClassVar[bool] = True
 
     @property
+    def codec(self) -> Codec | None:
+        """How values become a payload; None for a scheme with a `mean` of its own."""
+        return None
+
+    @property
     def memory(self) -> Memory | None:
+        """Law of the residual; None for a scheme that remembers nothing."""
+        return None
+
+    @property
+    def collective(self) -> Collective:
+        """How payloads meet. Without a memory the codec is unbiased, or so fine that rounding twice is harmless, and
+        they may meet in two stages.
+        """
+        from ..collectives import GATHER, TWO_STAGE
+
+        return GATHER if self.memory else TWO_STAGE
+
+    @property
+    def says_zero(self) -> bool:
+        """False where a code has no word for 0, as a sign has none. What is zero on every rank is then told beside the
+        message, row by row, and stays zero.
+        """
+        return True
+
+    @property
+    def operations(self) -> frozenset[Operation]:
+        """What this scheme can do; a host that needs more refuses it at start-up."""
+        return _OF_ITS_OWN if self.codec is None else _OF_A_CODEC
+
+    @property
+    def local_direction(self) -> Direction | None:
+        """What each rank makes of its own gradient before anything is compressed; None: nothing."""
         return None
 
     @property
     def dense(self) -> Scheme:
         """What averages exempt tensors, and all tensors during the warm-up."""
-        from .none import NoCompression
-
         return NoCompression()
+
+    @property
+    def weight_law(self) -> WeightLaw | None:
+        """How the weights are quantized that ranks compute with; None: they are not."""
+        return None
+
+    def step_hook(self, parameters: Mapping[str, Tensor], seed: int) -> StepHook | None:
+        """What happens around the optimizer's step to those parameters whose gradients this scheme averages.
+
+        Args:
+            parameters: by name; every rank holds the whole of each.
+            seed: of the configuration.
+        """
+        return None
 
     def check_ranks(self, size: int) -> None:
         """Called at start-up; raises `UnsupportedError`, with the nearest valid choice, if `size` ranks are wrong."""
 
-    @property
-    def codec(self) -> Codec:
-        raise NotImplementedError(f"scheme {self.name} names no codec and must override reduce()")
+    def mean(self, x: Tensor, call: Call) -> Reduction:
+        """Average flat fp32 `x` over ranks. `x` may be overwritten, and may be what is returned."""
+        return (yield from self.collective.mean(self._codec, self.memory, call, x))
 
-    @property
-    def collective(self) -> Callable[[Codec, Memory | None, Call, Tensor], Reduction]:
-        """A codec that is unbiased, or so fine that rounding twice is harmless, may meet in two stages."""
-        from ..collectives import gather, two_stage
-
-        return gather if self.memory else two_stage
-
-    def reduce(self, x: Tensor, call: Call) -> Reduction:
-        """Average flat fp32 `x` over ranks (with `call.shards`, only this rank's shard of the result has meaning).
-
-        `x` may be overwritten, and may be what is returned.
+    def scatter_mean(self, x: Tensor, call: Call) -> Reduction:
+        """The same where each rank needs only the shard that it owns (`call.shards`); the rest of the result has no
+        meaning.
         """
-        return (yield from self.collective(self.codec, self.memory, call, x))
+        from ..collectives import scatter_mean
+
+        return (yield from scatter_mean(self._codec, self.memory, call, x))
+
+    def gather(self, x: Tensor, call: Call) -> Reduction:
+        """What every rank holds, from the own shard `x` of each (`call.shards`): flat fp32, all shards in rank order,
+        the same bits on every rank.
+        """
+        from ..collectives import gather_shards
+
+        return (yield from gather_shards(self._codec, self.memory, call, x))
+
+    def mix(self, x: Tensor, call: Call, weights: Mapping[int, float]) -> Reduction:
+        """Weighted mean of this rank's vector and of those of its neighbours on the ring of ranks.
+
+        Args:
+            weights: offset -> weight, the same on every rank; see `collectives.mix`.
+        """
+        from ..collectives import mix
+
+        return (yield from mix(self._codec, self.memory, call, x, weights))
 
     def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
-        """Bits that each of `size` ranks sends, the mean over ranks and steps, to reduce a bucket of `segments`
-        once.
+        """Bits that each of `size` ranks sends, the mean over ranks and steps, to average a bucket of `segments` once.
+
+        Known from the collective for a scheme made of a codec, traced for any other; a scheme whose traffic changes
+        from step to step, or that is asked for at many ranks, overrides this with a formula.
         """
-        from ..collectives import even_shards, gather, in_one_round
+        if self.codec is not None:
+            return self.collective.bits(self.codec, total(segments), size)
+        from .trace import traced_bits
 
-        codec, numel = self.codec, total(segments)
-        if self.collective is gather or in_one_round(codec.nbytes(numel), size):
-            return (size - 1) * codec.payload_bits(numel)
-        shards = [codec.payload_bits(n) for n in even_shards(numel, size, codec.block)]
-        return sum(shards) * (size - 1) / size + (size - 1) * max(shards)
+        return traced_bits(self, segments, size)
+
+    @property
+    def _codec(self) -> Codec:
+        if self.codec is None:
+            raise NotImplementedError(f"scheme {self.name} names no codec and must override its operations")
+        return self.codec
 
 
-def total(segments: Sequence[Segment]) -> int:
-    """Elements in a bucket."""
-    return sum(segment.numel for segment in segments)
+@register
+class NoCompression(Scheme):
+    """Dense all-reduce of the values themselves, in their own dtype."""
+
+    name: ClassVar[str] = "none"
+    paper: ClassVar[str] = "-"
+    sums_only: ClassVar[bool] = True
+    host_dense: ClassVar[bool] = True
+
+    def mean(self, x: Tensor, call: Call) -> Reduction:
+        from ..collectives import dense_mean
+
+        return (yield from dense_mean(call, x))
+
+    @property
+    def operations(self) -> frozenset[Operation]:
+        return frozenset(("mean", "scatter_mean"))
+
+    def scatter_mean(self, x: Tensor, call: Call) -> Reduction:
+        shards = list(call.shards or ())
+        mine = x.split(shards)[call.transport.rank]
+        mine.copy_((yield call.transport.reduce_scatter(x, shards)).div_(call.transport.size))
+        return x
+
+    def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
+        return 64 * total(segments) * (size - 1) / size

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ..codecs import Cast, Codec
-from ..registry import register
 from .base import Scheme
+from .registry import register
 
 
 @register

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from ..registry import register
-from .base import Call, Reduction, Scheme, Segment, total
+from .._lazy import torch
+from ..collectives import even_shards, ring_fold
+from ..core.call import Call, Reduction, Segment, total
+from ..core.streams import Purpose, of
+from .base import Scheme
+from .registry import register
 from .ssdm import StochasticSign
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _CODEC = StochasticSign()
-_HOPS = 1 << 16  # random streams of the hops, apart from those that adapters count in
 
 
 @register
@@ -32,18 +35,18 @@ class CascadingSSDM(Scheme):
     name: ClassVar[str] = "cascading_ssdm"
     paper: ClassVar[str] = "Wu et al., 2022, arXiv 2204.06787 (control)"
 
-    def reduce(self, x: Tensor, call: Call) -> Reduction:
-        import torch
+    @property
+    def says_zero(self) -> bool:
+        return False
 
-        from ..collectives import even_shards, ring_fold
-
+    def mean(self, x: Tensor, call: Call) -> Reduction:
         size, rank = call.transport.size, call.transport.rank
         shards = even_shards(x.numel(), size, _CODEC.block)
         length = _CODEC.nbytes(max(shards))
 
         def encode(values: Tensor, hops: int) -> Tensor:
             """Messages are as long as the longest segment's, for neighbours exchange equal lengths."""
-            key = call.key._replace(stream=call.key.stream + _HOPS * hops)
+            key = of(call.key, Purpose.RELAY, hops)
             message = torch.zeros(length, dtype=torch.uint8, device=x.device)
             _CODEC.encode(values, key, out=message[: _CODEC.nbytes(values.numel())])
             return message
@@ -60,6 +63,4 @@ class CascadingSSDM(Scheme):
         return x
 
     def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
-        from ..collectives import even_shards
-
         return 2 * (size - 1) * _CODEC.payload_bits(max(even_shards(total(segments), size, _CODEC.block)))

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from ..codecs import Codec, Uniform
-from ..registry import register
+from ..optimizer.weight_law import WeightLaw
 from .base import Scheme
+from .registry import register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..optimizer.hooks import StepHook
 
 
 @register
@@ -34,6 +41,16 @@ class DoubleQuantization(Scheme):
     weights: bool = Field(True, description="compute with quantized weights")
     mu: Annotated[float, Field(gt=0)] = Field(0.5, description="error of the weights relative to their way since x~")
     snapshot_steps: Annotated[int, Field(ge=1)] = Field(100, description="steps between exact snapshots x~")
+
+    @property
+    def weight_law(self) -> WeightLaw | None:
+        return WeightLaw(self.mu, self.snapshot_steps) if self.weights else None
+
+    def step_hook(self, parameters: Mapping[str, Tensor], seed: int) -> StepHook | None:
+        from ..optimizer.quantized_weights import QuantizedWeights  # which needs torch
+
+        law = self.weight_law
+        return QuantizedWeights(law, list(parameters.items()), seed) if law else None
 
     @property
     def codec(self) -> Codec:

@@ -7,9 +7,9 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from ..codecs import Codec, Sign
-from ..memories import ERROR_FEEDBACK, Memory
-from ..registry import register
+from ..core.memory import ERROR_FEEDBACK, Memory
 from .base import Scheme
+from .registry import register
 
 
 @register
@@ -24,6 +24,10 @@ class EFSignSGD(Scheme):
     paper: ClassVar[str] = "Karimireddy et al., 2019, arXiv 1901.09847"
 
     block: Annotated[int, Field(ge=32, multiple_of=32)] = Field(1024, description="elements that share a scale")
+
+    @property
+    def says_zero(self) -> bool:
+        return False
 
     @property
     def memory(self) -> Memory | None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from ..registry import register
-from .base import Call, Reduction, Scheme, Segment, total
+from ..core.call import Call, Reduction, Segment, total
+from .base import Scheme
+from .registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +30,7 @@ class Fake(Scheme):
 
     ratio: Annotated[int, Field(ge=1, le=65536)] = Field(100, description="send one value in so many")
 
-    def reduce(self, x: Tensor, call: Call) -> Reduction:
+    def mean(self, x: Tensor, call: Call) -> Reduction:
         count = -(-x.numel() // self.ratio)
         sums = yield call.transport.all_reduce(x[:count])
         x[:count] = sums.div_(call.transport.size)

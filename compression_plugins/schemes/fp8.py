@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from ..codecs import Cast, Codec
-from ..registry import register
 from .base import Scheme
+from .registry import register
 
 
 @register

@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from .. import triton_kernels as K
+from .._lazy import torch
+from ..collectives import dense_mean, ring_fold, square_rows, torus_fold
+from ..core.call import Call, Program, Reduction, Segment, total
+from ..core.memory import ERROR_FEEDBACK, Memory, Vector, finite, nan_unless, zero_unless
+from ..core.streams import Purpose, of
 from ..errors import UnsupportedError
-from ..memories import Memory, finite, nan_unless, zero_unless
-from ..registry import register
-from .base import Call, Phases, Reduction, Scheme, Segment, total
+from ..optimizer.directions import Adam, Direction, Momentum
+from .base import Scheme
+from .registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_GLOBAL = Memory(scope="global")
-_MERGES = 1 << 16  # random streams of the merges, apart from those that adapters count in
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -78,12 +81,22 @@ class Marsit(Scheme):
 
     @property
     def memory(self) -> Memory | None:
-        return _GLOBAL if self.flush_steps > 1 else None
+        return ERROR_FEEDBACK if self.flush_steps > 1 else None
+
+    @property
+    def says_zero(self) -> bool:
+        return self.memory is None
+
+    @property
+    def local_direction(self) -> Direction | None:
+        if self.direction == "momentum":
+            return Momentum(self.momentum)
+        return Adam(self.betas, self.eps) if self.direction == "adam" else None
 
     @property
     def dense(self) -> Scheme:
         """Exact averages, of the same kind of direction that compressed tensors get."""
-        return super().dense if self.direction == "gradient" else self.model_copy(update={"flush_steps": 1})
+        return super().dense if self.local_direction is None else self.model_copy(update={"flush_steps": 1})
 
     def check_ranks(self, size: int) -> None:
         if self.form == "torus" and self.rows != "auto" and size % self.rows:
@@ -94,20 +107,19 @@ class Marsit(Scheme):
                 f"nearest that does is rows: {best} (valid: {', '.join(map(str, valid))}, or auto)"
             )
 
-    def reduce(self, x: Tensor, call: Call) -> Reduction:
-        healthy = finite(x)
-        self._redirect(x, healthy, call)
+    def mean(self, x: Tensor, call: Call) -> Reduction:
         if self.memory is None:
-            from ..collectives import dense_sum
-
-            return (yield from dense_sum(call, x))
-        residual = call.residual()
-        etas = [call.state("eta", segment.name, lambda: self._first_eta(x)) for segment in call.segments]
-        if call.compressed_step % self.flush_steps == 0:  # so the first one, which `eta_s: auto` needs
+            return (yield from dense_mean(call, x))
+        healthy, residual = finite(x), call.residual()
+        etas = [call.state.tensor("eta", segment.name, lambda: self._first_eta(x)) for segment in call.segments]
+        since = call.clock.round % self.flush_steps
+        if since == 0:  # so the first round, which `eta_s: auto` needs
             return (yield from self._flush(x, residual, etas, call))
         vote = self._one_hot if self.form == "one_hot" else self._hop_by_hop
         bits, healthy = yield from vote(zero_unless(healthy, x), residual, healthy, call)
-        return _apply(bits, healthy, residual, etas, call, x)
+        if self._awaits_scales(since):
+            yield from self._scale(residual.new, healthy, etas, call)
+        return _apply(bits, healthy, residual.new, etas, call, x)
 
     def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
         numel = total(segments)
@@ -115,68 +127,66 @@ class Marsit(Scheme):
             return 64 * numel * (size - 1) / size
         words = -(-numel // 32) if self.form == "one_hot" else size * -(-numel // (32 * size))
         flush = 1 / self.flush_steps
+        late = sum(map(self._awaits_scales, range(1, self.flush_steps))) / self.flush_steps
         # A flag goes with the signs, and with the flush a mean of each tensor.
         votes, dense = words + 1, numel + len(segments)
-        return 2 * (size - 1) / size * 32 * (votes * (1 - flush) + dense * flush)
+        return 2 * (size - 1) / size * 32 * (votes * (1 - flush) + dense * flush + len(segments) * late)
 
-    def _redirect(self, x: Tensor, healthy: Tensor, call: Call) -> None:
-        """The local direction in the gradient's place."""
-        from .. import directions
-
-        if self.direction == "momentum":
-            directions.momentum(x, healthy, call, self.momentum)
-        elif self.direction == "adam":
-            directions.adam(x, healthy, call, self.betas, self.eps)
-
-    def _flush(self, x: Tensor, residual: Tensor, etas: list[Tensor], call: Call) -> Reduction:
+    def _flush(self, x: Tensor, residual: Vector, etas: list[Tensor], call: Call) -> Reduction:
         """Exact average of p; each tensor's mean |p| travels with it."""
-        import torch
-
-        p = _GLOBAL.compensate(x, residual)
-        sizes = [segment.numel for segment in call.segments]
-        means = torch.stack([part.abs().mean() for part in p.split(sizes)]) if sizes else p.new_empty(0)
+        p = ERROR_FEEDBACK.compensate(x, residual)
+        means = _means(p, call)
         total = yield call.transport.all_reduce(torch.cat([p, means]))
-        result, means = total.div_(call.transport.size).split([x.numel(), len(sizes)])
+        result, means = total.div_(call.transport.size).split([x.numel(), len(means)])
         healthy = finite(result)
-        residual.copy_(residual.where(~healthy, 0))
+        residual.new.copy_(residual.old.where(~healthy, 0))
         if self.eta_s == "auto":
             for eta, mean in zip(etas, means):
-                eta.copy_(mean.where(healthy, eta))
+                eta[0].copy_(mean.where(healthy, eta[0]))
+                eta[1].copy_(eta[0] == 0)
         return result
 
+    def _awaits_scales(self, since: int) -> bool:
+        """Is this one of the rounds after a flush in which tensors that were zero there may get their scale?"""
+        return self.eta_s == "auto" and (since in (1, 2, 4) or since % 8 == 0)
+
+    def _scale(self, p: Tensor, healthy: Tensor, etas: list[Tensor], call: Call) -> Program[None]:
+        """Mean |p| of the tensors whose gradient was zero at the flush, as everything before a layer is that starts at
+        zero. One scale would hold until the next flush and be that of the first small gradient, so it is taken several
+        times. The other tensors keep theirs.
+        """
+        means = yield call.transport.all_reduce(_means(p, call))
+        for eta, mean in zip(etas, means.div_(call.transport.size)):
+            eta[0].copy_(mean.where(healthy & (eta[1] > 0), eta[0]))
+
     def _first_eta(self, x: Tensor) -> Tensor:
-        return x.new_full((), 0.0 if self.eta_s == "auto" else self.eta_s)
+        """The scale, and whether it is still to be found (1) or stands until the flush (0)."""
+        return x.new_tensor([0.0, 1.0] if self.eta_s == "auto" else [self.eta_s, 0.0])
 
-    def _one_hot(self, x: Tensor, residual: Tensor, mine: Tensor, call: Call) -> Phases[tuple[Tensor, Tensor]]:
+    def _one_hot(self, x: Tensor, residual: Vector, mine: Tensor, call: Call) -> Program[tuple[Tensor, Tensor]]:
         """Per coordinate one rank, drawn by a key that all share, gives its sign; all-reduce of int32 words."""
-        import torch
-
         transport = call.transport
-        bits = K.one_hot_signs(x, transport.rank, transport.size, call.key._replace(rank=0), residual=residual)
+        bits = K.one_hot_signs(x, transport.rank, transport.size, call.key._replace(rank=0), **residual.arguments())
         flag = (~mine).to(torch.int32).view(1)
         total = yield transport.all_reduce(torch.cat([bits.view(torch.int32), flag]))
         return total[:-1].contiguous().view(torch.uint8), total[-1] == 0
 
-    def _hop_by_hop(self, x: Tensor, residual: Tensor, mine: Tensor, call: Call) -> Phases[tuple[Tensor, Tensor]]:
+    def _hop_by_hop(self, x: Tensor, residual: Vector, mine: Tensor, call: Call) -> Program[tuple[Tensor, Tensor]]:
         """The paper's reduce and gather phases over packed bits; an aggregate wins with its share of the ranks.
 
         Every hop has a random stream of its own, and every rank a key. Padding ends with the bits: no lane beyond the
         last element is ever decoded.
         """
-        import torch
-
-        from ..collectives import ring_fold, square_rows, torus_fold
-
         transport, size = call.transport, call.transport.size
         unhealthy = yield transport.all_reduce((~mine).to(torch.float32).view(1))
-        bits = K.sign_bits(x, residual=residual)
+        bits = K.sign_bits(x, **residual.arguments())
         length = 4 * -(-len(bits) // (4 * size))
         padded = bits.new_zeros(length * size)
         padded[: len(bits)] = bits
         parts = [padded[rank * length : (rank + 1) * length] for rank in range(size)]
 
         def merge(received: Tensor, own: Tensor, a: int, b: int) -> Tensor:
-            return self._join(received, own, a, b, call.key._replace(stream=call.key.stream + _MERGES * a))
+            return self._join(received, own, a, b, of(call.key, Purpose.MERGE, a))
 
         if self.form == "ring":
             parts = yield from ring_fold(transport, parts, merge)
@@ -199,12 +209,16 @@ _USED_BY = {
 }
 
 
+def _means(p: Tensor, call: Call) -> Tensor:
+    """Mean |p| of each tensor, fp32 [segments]."""
+    sizes = [segment.numel for segment in call.segments]
+    return torch.stack([part.abs().mean() for part in p.split(sizes)]) if sizes else p.new_empty(0)
+
+
 def _apply(bits: Tensor, healthy: Tensor, residual: Tensor, etas: list[Tensor], call: Call, out: Tensor) -> Tensor:
     """+-eta for every bit, and the compensation: the memory, which holds p, loses the aggregated update."""
-    import torch
-
     result = K.signs_expand(bits, residual.numel(), 1.0, out=out)
     pieces = list(result.split([segment.numel for segment in call.segments]))
-    torch._foreach_mul_(pieces, [eta * healthy for eta in etas])  # nothing at all where some rank is unhealthy
+    torch._foreach_mul_(pieces, [eta[0] * healthy for eta in etas])  # nothing at all where some rank is unhealthy
     residual.sub_(result)
     return nan_unless(healthy, result)

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from ..memories import Memory, finite, nan_unless, zero_unless
-from ..registry import register
-from .base import Call, Phases, Reduction, Scheme, Segment
+from .._lazy import torch
+from ..core.call import Call, Program, Reduction, Segment
+from ..core.memory import ERROR_FEEDBACK, Memory, finite, nan_unless, zero_unless
+from .base import Scheme
+from .registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_GLOBAL = Memory(scope="global")
+
 _TINY = 2.0**-126  # smallest normal fp32
 
 
@@ -35,14 +37,12 @@ class PowerSGD(Scheme):
 
     @property
     def memory(self) -> Memory | None:
-        return _GLOBAL
+        return ERROR_FEEDBACK
 
-    def reduce(self, x: Tensor, call: Call) -> Reduction:
-        import torch
-
+    def mean(self, x: Tensor, call: Call) -> Reduction:
         residual = call.residual()
         healthy = finite(x)
-        p = residual.add_(zero_unless(healthy, x))  # the memory holds p until the update is known
+        p = torch.add(residual.old, zero_unless(healthy, x), out=residual.new)  # until the update is known
         parts = list(p.split([segment.numel for segment in call.segments]))
         shapes = [self._matrix(segment) for segment in call.segments]
         low = [i for i, shape in enumerate(shapes) if shape]
@@ -68,7 +68,7 @@ class PowerSGD(Scheme):
             query.copy_(unit.where(healthy & right.any(), query))
         for i, mean in zip(dense, tail):
             outputs[i].copy_(mean)
-        residual.sub_(zero_unless(healthy, x))
+        p.sub_(zero_unless(healthy, x))
         return nan_unless(healthy, x)
 
     def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
@@ -86,19 +86,16 @@ class PowerSGD(Scheme):
 
     def _query(self, matrix: Tensor, call: Call, name: str) -> Tensor:
         """The right factor of the step before, [rank, columns]; at first random, the same on every rank."""
-        import torch
 
         def first() -> Tensor:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{call.key.seed}/{name}".encode()))
             return torch.randn(self.rank, matrix.shape[1], generator=generator).to(matrix.device)
 
-        return call.state("query", name, first)
+        return call.state.tensor("query", name, first)
 
 
-def _mean(call: Call, first: list[Tensor], second: list[Tensor]) -> Phases[tuple[list[Tensor], list[Tensor]]]:
+def _mean(call: Call, first: list[Tensor], second: list[Tensor]) -> Program[tuple[list[Tensor], list[Tensor]]]:
     """All-reduce two lists of tensors as one message; their means."""
-    import torch
-
     tensors = first + second
     if not tensors:
         return [], []
@@ -110,6 +107,4 @@ def _mean(call: Call, first: list[Tensor], second: list[Tensor]) -> Phases[tuple
 
 def _orthogonal(left: Tensor) -> Tensor:
     """Orthonormal basis of the columns, the same on every rank."""
-    import torch
-
     return torch.linalg.qr(torch.nan_to_num(left)).Q

@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from ..codecs import Codec, Uniform
-from ..registry import register
 from .base import Scheme
+from .registry import register
 
 
 @register

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from .. import triton_kernels as K
-from ..memories import ERROR_FEEDBACK, Memory
-from ..registry import register
-from .base import Call, Reduction, Scheme, Segment, total
+from .._lazy import torch
+from ..codecs.chunks import chunk_scatter
+from ..core.call import Call, Reduction, Segment, total
+from ..core.memory import ERROR_FEEDBACK, Memory
+from .base import Scheme
+from .registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,11 +38,7 @@ class RandomK(Scheme):
     def memory(self) -> Memory | None:
         return ERROR_FEEDBACK
 
-    def reduce(self, x: Tensor, call: Call) -> Reduction:
-        import torch
-
-        from ..codecs.chunks import chunk_scatter
-
+    def mean(self, x: Tensor, call: Call) -> Reduction:
         count = -(-x.numel() // self.ratio)
         draws = K.uniform16(call.key._replace(rank=0), count, device=x.device)
         indices = (draws.to(torch.int64) * self.ratio >> 16).to(torch.int32)

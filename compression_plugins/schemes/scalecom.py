@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from .. import triton_kernels as K
+from .._lazy import torch
+from ..codecs.chunks import chunk_add, chunk_scatter
 from ..codecs.largest import largest
-from ..memories import Memory, finite
-from ..registry import register
-from .base import Call, Reduction, Scheme, Segment, total
+from ..collectives import dense_mean, half_mean, half_mean_bits, shared_index
+from ..core.call import Call, Reduction, Segment, total
+from ..core.memory import Memory, Vector, finite
+from .base import Scheme
+from .registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,24 +46,25 @@ class ScaleCom(Scheme):
     def memory(self) -> Memory | None:
         return Memory(alpha=self.beta)
 
-    def reduce(self, x: Tensor, call: Call) -> Reduction:
-        from ..collectives import dense_sum, half_mean, shared_index
-
+    def mean(self, x: Tensor, call: Call) -> Reduction:
         choice = _Chunks if self.selection == "chunk" else _Exact
+        leader = call.clock.step % call.transport.size
         selector = choice(x, self.ratio, Memory(alpha=self.beta), call.residual())
         places, values = yield from shared_index(
-            call.transport, call.step % call.transport.size, selector.select, selector.gather, selector.placeholder
+            call.transport,
+            leader,
+            selector.select,
+            selector.gather,
+            selector.placeholder,
         )
         if self.values == "fp32":
-            mean = yield from dense_sum(call, values)
+            mean = yield from dense_mean(call, values)
         else:
             mean, lost = yield from half_mean(call, values, self.values)
             selector.remember(places, lost)
         return selector.scatter(places, mean)
 
     def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
-        from ..collectives import half_mean_bits
-
         kept = -(-total(segments) // self.ratio)
         index_bits = 32 * -(-kept * _width(self.ratio) // 32) if self.selection == "chunk" else 32 * kept
         around = (size - 1) / size
@@ -70,7 +75,7 @@ class ScaleCom(Scheme):
 class _Chunks:
     """One value out of every `ratio` neighbours; places are offsets inside the chunk."""
 
-    def __init__(self, x: Tensor, ratio: int, memory: Memory, residual: Tensor) -> None:
+    def __init__(self, x: Tensor, ratio: int, memory: Memory, residual: Vector) -> None:
         self.x, self.ratio, self.residual, self.kept = x, ratio, residual, -(-x.numel() // ratio)
         self.arguments = memory.kernel_arguments(residual)
 
@@ -82,19 +87,13 @@ class _Chunks:
         return K.chunk_gather(self.x, self._unpack(payload), self.ratio, **self.arguments)
 
     def placeholder(self) -> Tensor:
-        import torch
-
         nbytes = 4 * -(-self.kept * _width(self.ratio) // 32)
         return torch.empty(nbytes, dtype=torch.uint8, device=self.x.device)
 
     def remember(self, payload: Tensor, lost: Tensor) -> None:
-        from ..codecs.chunks import chunk_add
-
-        chunk_add(self._unpack(payload), lost, self.ratio, self.residual)
+        chunk_add(self._unpack(payload), lost, self.ratio, self.residual.new)
 
     def scatter(self, payload: Tensor, values: Tensor) -> Tensor:
-        from ..codecs.chunks import chunk_scatter
-
         return chunk_scatter(self._unpack(payload), values, self.ratio, self.x)
 
     def _unpack(self, payload: Tensor) -> Tensor:
@@ -104,42 +103,32 @@ class _Chunks:
 class _Exact:
     """The k largest values of the whole bucket; places are int32."""
 
-    def __init__(self, x: Tensor, ratio: int, memory: Memory, residual: Tensor) -> None:
-        import torch
-
+    def __init__(self, x: Tensor, ratio: int, memory: Memory, residual: Vector) -> None:
         self.x, self.memory, self.residual, self.kept = x, memory, residual, -(-x.numel() // ratio)
         p = memory.compensate(x, residual)
         self.p = p.where(finite(p), torch.nan)
 
     def select(self) -> tuple[Tensor, Tensor]:
-        import torch
-
         indices = largest(self.p, self.kept).to(torch.int32)
         payload = indices.view(torch.uint8)
         return payload, self.gather(payload)
 
     def gather(self, payload: Tensor) -> Tensor:
-        import torch
-
         indices = self._checked(payload)
         values = self.p[indices]
         self.memory.update(self.x, self.residual, torch.zeros_like(self.p).index_copy_(0, indices, values))
         return values
 
     def placeholder(self) -> Tensor:
-        import torch
-
         return torch.empty(4 * self.kept, dtype=torch.uint8, device=self.x.device)
 
     def remember(self, payload: Tensor, lost: Tensor) -> None:
-        self.residual.index_add_(0, self._checked(payload), lost)
+        self.residual.new.index_add_(0, self._checked(payload), lost)
 
     def scatter(self, payload: Tensor, values: Tensor) -> Tensor:
         return self.x.zero_().index_copy_(0, self._checked(payload), values)
 
     def _checked(self, payload: Tensor) -> Tensor:
-        import torch
-
         return payload.view(torch.int32).long().clamp_(0, max(0, self.x.numel() - 1))
 
 

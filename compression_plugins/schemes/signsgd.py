@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from .. import triton_kernels as K
+from .._lazy import torch
 from ..codecs import Codec
-from ..registry import register
 from .base import Scheme
+from .registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..memories import Memory
+    from ..core.memory import Memory, Vector
     from ..triton_kernels import Key
 
 
@@ -37,11 +38,9 @@ class Vote(Codec):
         x: Tensor,
         key: Key,
         memory: Memory | None = None,
-        residual: Tensor | None = None,
+        residual: Vector | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        import torch
-
         out = torch.empty(self.nbytes(x.numel()), dtype=torch.uint8, device=x.device) if out is None else out
         out[:4].view(torch.float32).copy_(K.stats(x)[0] * 0 + self.magnitude)  # NaN unless all of x is finite
         out[4:] = K.sign_bits(x)
@@ -54,14 +53,12 @@ class Vote(Codec):
             payload, numel, max(32, -(-numel // 32) * 32), out=out, weight=weight, accumulate=accumulate
         )
 
-    def reduce(self, payloads: Tensor, numel: int, key: Key | None = None) -> Tensor:
-        import torch
-
+    def merge(self, payloads: Tensor, numel: int, key: Key | None = None) -> Tensor:
         magnitude = payloads[:, :4].contiguous().view(torch.float32).mean(0)
         return torch.cat([magnitude.view(torch.uint8), K.sign_vote(payloads[:, 4:].contiguous(), numel)])
 
     def average(self, payloads: Tensor, numel: int, out: Tensor) -> Tensor:
-        return self.decode(self.reduce(payloads, numel), numel, out=out) if numel else out
+        return self.decode(self.merge(payloads, numel), numel, out=out) if numel else out
 
 
 @register
@@ -75,6 +72,10 @@ class SignSGD(Scheme):
     paper: ClassVar[str] = "Bernstein et al., 2018, arXiv 1810.05291"
 
     magnitude: Annotated[float, Field(gt=0)] = Field(1.0, description="absolute value of every element of the update")
+
+    @property
+    def says_zero(self) -> bool:
+        return False
 
     @property
     def codec(self) -> Codec:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from .. import triton_kernels as K
+from .._lazy import torch
 from ..codecs import Codec
-from ..memories import Memory
-from ..registry import register
-from .base import Call, Reduction, Scheme
+from ..collectives import GATHER, Collective
+from ..core.memory import Memory, Vector
+from .base import Scheme
+from .registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +27,6 @@ class StochasticSign(Codec):
     add up to (numel - 1) ||x||^2, and ||decode(encode(x))||^2 = numel ||x||^2 always.
     """
 
-    unbiased = True
     block: int = 32
 
     def nbytes(self, numel: int) -> int:
@@ -37,7 +37,7 @@ class StochasticSign(Codec):
         x: Tensor,
         key: Key,
         memory: Memory | None = None,
-        residual: Tensor | None = None,
+        residual: Vector | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         assert memory is None, "an unbiased message needs no memory"
@@ -49,9 +49,7 @@ class StochasticSign(Codec):
         block = K.layout.single_block(numel)
         return K.sign_decode(payload, numel, block, out=out, weight=weight, accumulate=accumulate)
 
-    def reduce(self, payloads: Tensor, numel: int, key: Key) -> Tensor:
-        import torch
-
+    def merge(self, payloads: Tensor, numel: int, key: Key) -> Tensor:
         return self.encode(self.average(payloads, numel, torch.empty(numel, device=payloads.device)), key)
 
 
@@ -72,12 +70,14 @@ class SSDM(Scheme):
     paper: ClassVar[str] = "Safaryan & Richtárik, 2021, arXiv 1905.12938"
 
     @property
+    def says_zero(self) -> bool:
+        return False
+
+    @property
     def codec(self) -> Codec:
         return StochasticSign()
 
     @property
-    def collective(self) -> Callable[[Codec, Memory | None, Call, Tensor], Reduction]:
+    def collective(self) -> Collective:
         """A second rounding would add as much variance as all the first ones together, and more."""
-        from ..collectives import gather
-
-        return gather
+        return GATHER

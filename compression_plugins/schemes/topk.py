@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from .. import triton_kernels as K
+from .._lazy import torch
 from ..codecs.largest import largest
-from ..memories import ERROR_FEEDBACK, Memory, finite
-from ..registry import register
-from .base import Call, Reduction, Scheme, Segment, total
+from ..core.call import Call, Reduction, Segment, total
+from ..core.memory import ERROR_FEEDBACK, Memory, finite
+from .base import Scheme
+from .registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,9 +35,7 @@ class TopK(Scheme):
     def memory(self) -> Memory | None:
         return ERROR_FEEDBACK
 
-    def reduce(self, x: Tensor, call: Call) -> Reduction:
-        import torch
-
+    def mean(self, x: Tensor, call: Call) -> Reduction:
         residual = call.residual()
         p = ERROR_FEEDBACK.compensate(x, residual)
         p = p.where(finite(p), torch.nan)

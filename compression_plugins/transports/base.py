@@ -88,14 +88,37 @@ class Transport(ABC):
         self._count((self.size - 1) / self.size * _nbytes(x))
         return self._broadcast(x, root)
 
-    def exchange(self, x: Tensor, to: int, source: int) -> Handle:
-        """Send `x` to rank `to`; the result is what rank `source` sent (same length)."""
+    def reduce_scatter(self, x: Tensor, shards: Sequence[int]) -> Handle:
+        """Elementwise sum over ranks of this rank's shard of `x`, which is cut into `shards[i]` elements for rank i.
+
+        An all-to-all and a sum in rank order, in the dtype of `x`: as many bytes as a ring, rounded once an addend.
+        """
+        mine = shards[self.rank]
+        inbox = self.all_to_all(x, shards, [mine] * self.size)
+        return Then(inbox, lambda rows: rows.view(self.size, mine).sum(0, dtype=x.dtype))
+
+    def send_recv(self, x: Tensor, to: int, source: int, receive: int | None = None) -> Handle:
+        """Send `x` to rank `to`; the result is what rank `source` sent: `receive` elements, or as many as `x` has.
+
+        Every rank takes part: `to` and `source` are a permutation of ranks and its inverse.
+        """
         self._count(_nbytes(x) if to != self.rank else 0)
-        return self._exchange(x, to, source)
+        return self._send_recv(x, to, source, x.numel() if receive is None else receive)
 
     @abstractmethod
     def scoped(self, name: str) -> Transport:
         """A view for one job whose operations are named under `name`; shares `sent`."""
+
+    @abstractmethod
+    def subgroup(self, ranks: Sequence[int]) -> Transport:
+        """A transport of its own among some of these ranks, of which this is one, for example those of one host.
+
+        Every rank of this transport calls it, at the same time and in the same order as the others, with the ranks of
+        the group that it belongs to; groups do not overlap.
+
+        Raises:
+            UnsupportedError: the host cannot make groups.
+        """
 
     def _count(self, nbytes: float) -> None:
         self.sent += nbytes
@@ -113,7 +136,14 @@ class Transport(ABC):
     def _broadcast(self, x: Tensor, root: int) -> Handle: ...
 
     @abstractmethod
-    def _exchange(self, x: Tensor, to: int, source: int) -> Handle: ...
+    def _send_recv(self, x: Tensor, to: int, source: int, receive: int) -> Handle: ...
+
+    def _partition(self, ranks: Sequence[int]) -> list[list[int]]:
+        """The groups of `subgroup`, in order of their first ranks, from what every rank says of its own."""
+        from .._lazy import torch
+
+        firsts = self.all_gather(torch.tensor([min(ranks)], dtype=torch.int64)).wait().flatten().tolist()
+        return [[rank for rank, other in enumerate(firsts) if other == first] for first in sorted(set(firsts))]
 
 
 def _nbytes(x: Tensor) -> int:

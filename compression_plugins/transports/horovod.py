@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from horovod.common import process_sets as hvd_process_sets
 from horovod.torch import mpi_ops
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from .base import Done, Handle, Transport
 from .waiting import stay_awake
 
@@ -46,6 +48,20 @@ class HorovodTransport(Transport):
         view = object.__new__(HorovodTransport)
         view.__dict__.update(self.__dict__, _name=f"{self._name}.{name}", _calls=0)
         return view
+
+    def subgroup(self, ranks: Sequence[int]) -> HorovodTransport:
+        """Needs `HOROVOD_DYNAMIC_PROCESS_SETS=1`: Horovod otherwise takes its groups at `hvd.init()` only."""
+        name = f"{self._name}.{min(ranks)}"
+        try:
+            for part in self._partition(ranks):
+                members = hvd_process_sets.add_process_set([self.process_set.ranks[rank] for rank in part])
+                if self.rank in part:
+                    mine = HorovodTransport(name, members)
+        except ValueError as error:
+            raise UnsupportedError(
+                f"horovod: groups of ranks need HOROVOD_DYNAMIC_PROCESS_SETS=1 in the environment ({error})"
+            ) from None
+        return mine
 
     def _count(self, nbytes: float) -> None:
         self._root.sent += nbytes
@@ -83,11 +99,11 @@ class HorovodTransport(Transport):
         handle = mpi_ops.broadcast_async(x, self.process_set.ranks[root], **self._next("broadcast"))
         return HorovodHandle(handle)
 
-    def _exchange(self, x: Tensor, to: int, source: int) -> Handle:
+    def _send_recv(self, x: Tensor, to: int, source: int, receive: int) -> Handle:
         """Horovod cannot send and receive: an all-to-all with splits of zero elsewhere takes a cycle of its loop."""
-        send, receive = [0] * self.size, [0] * self.size
-        send[to] = receive[source] = x.numel()
-        return self._all_to_all(x, send, receive)
+        outward, inward = [0] * self.size, [0] * self.size
+        outward[to], inward[source] = x.numel(), receive
+        return self._all_to_all(x, outward, inward)
 
 
 class HorovodHandle:

@@ -28,6 +28,7 @@ class LocalWorld:
         self.size = size
         self._posts: dict[tuple[str, int], dict[int, tuple[str, Tensor, object]]] = {}
         self._results: dict[tuple[str, int], dict[int, Tensor]] = {}  # until every rank has taken its own
+        self.groups: dict[tuple[int, ...], LocalWorld] = {}
         self.transports = [LocalTransport(self, rank) for rank in range(size)]
 
     def post(self, key: tuple[str, int], rank: int, kind: str, x: Tensor, argument: object) -> None:
@@ -71,6 +72,10 @@ class LocalTransport(Transport):
         use = root._scopes[name] = root._scopes.get(name, 0) + 1
         return LocalTransport(self.world, self.rank, f"{name}#{use}", root)
 
+    def subgroup(self, ranks: Sequence[int]) -> LocalTransport:
+        group = self.world.groups.setdefault(tuple(ranks), LocalWorld(len(ranks)))
+        return group.transports[list(ranks).index(self.rank)]
+
     def _count(self, nbytes: float) -> None:
         (self._parent or self).sent += nbytes
 
@@ -92,8 +97,8 @@ class LocalTransport(Transport):
     def _broadcast(self, x: Tensor, root: int) -> _LocalHandle:
         return self._post("broadcast", x, root)
 
-    def _exchange(self, x: Tensor, to: int, source: int) -> _LocalHandle:
-        return self._post("exchange", x, source)
+    def _send_recv(self, x: Tensor, to: int, source: int, receive: int) -> _LocalHandle:
+        return self._post("send_recv", x, source)
 
 
 class _LocalHandle:
@@ -139,7 +144,7 @@ def _broadcast(inputs: list[Tensor], roots: list[int]) -> list[Tensor]:
     return [inputs[roots[0]].clone() for _ in inputs]
 
 
-def _exchange(inputs: list[Tensor], sources: list[int]) -> list[Tensor]:
+def _send_recv(inputs: list[Tensor], sources: list[int]) -> list[Tensor]:
     return [inputs[source].clone() for source in sources]
 
 
@@ -148,5 +153,5 @@ _OPERATIONS: dict[str, Callable[..., list[Tensor]]] = {
     "all_gather": _all_gather,
     "all_to_all": _all_to_all,
     "broadcast": _broadcast,
-    "exchange": _exchange,
+    "send_recv": _send_recv,
 }

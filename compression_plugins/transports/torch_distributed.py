@@ -42,6 +42,11 @@ class TorchDistributed(Transport):
     def scoped(self, name: str) -> TorchDistributed:
         return TorchDistributed(self.group, self._parent or self)
 
+    def subgroup(self, ranks: Sequence[int]) -> TorchDistributed:
+        places = [[dist.get_global_rank(self.group, rank) for rank in part] for part in self._partition(ranks)]
+        group, _ = dist.new_subgroups_by_enumeration(places)
+        return TorchDistributed(group)
+
     def _count(self, nbytes: float) -> None:
         (self._parent or self).sent += nbytes
 
@@ -76,12 +81,12 @@ class TorchDistributed(Transport):
         source = dist.get_global_rank(self.group, root)
         return _Pending(dist.broadcast(result, source, group=self.group, async_op=True), result, x)
 
-    def _exchange(self, x: Tensor, to: int, source: int) -> Handle:
+    def _send_recv(self, x: Tensor, to: int, source: int, receive: int) -> Handle:
         # Not isend and irecv: Gloo's works for these do not say that they are done before somebody waits for them, and
         # NCCL needs them grouped. The empty parts of an all-to-all cost no bytes.
-        send, receive = [0] * self.size, [0] * self.size
-        send[to] = receive[source] = x.numel()
-        return self._all_to_all(x, send, receive)
+        outward, inward = [0] * self.size, [0] * self.size
+        outward[to], inward[source] = x.numel(), receive
+        return self._all_to_all(x, outward, inward)
 
 
 class _Pending:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from compression_plugins.telemetry import ENVIRONMENT_VARIABLE as TELEMETRY
+from compression_plugins.engine.telemetry import ENVIRONMENT_VARIABLE as TELEMETRY
 from launch import netlab
 from launch.jobs import Job, Loopback, environment, free_port, tool
 from launch.netlab import NetLab

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from compression_plugins.bench_timing import one_thread
 from compression_plugins.config import Config
-from compression_plugins.plan import Plan, TensorSpec, make_plan
-from compression_plugins.reducer import Reducer
+from compression_plugins.engine.plan import Plan, TensorSpec, make_plan
+from compression_plugins.engine.reducer import Reducer
 from compression_plugins.transports.local import LocalWorld, drive
 from launch.experiments.tasks import Task
 

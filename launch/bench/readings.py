@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, median, quantiles
 from typing import Any
 
-from compression_plugins.telemetry import PHASES
+from compression_plugins.engine.telemetry import PHASES
 from launch.results import read_records
 
 from .cells import Cell

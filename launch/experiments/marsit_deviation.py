@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from compression_plugins import triton_kernels as K
 from compression_plugins.config import Config
-from compression_plugins.plan import Bucket
-from compression_plugins.reducer import Reducer
-from compression_plugins.schemes.base import Scheme, Segment
+from compression_plugins.core.call import Segment
+from compression_plugins.engine.plan import Bucket
+from compression_plugins.engine.reducer import Reducer
+from compression_plugins.schemes.base import Scheme
 from compression_plugins.schemes.cascading_ssdm import CascadingSSDM
 from compression_plugins.schemes.marsit import Marsit
 from compression_plugins.schemes.ssdm import SSDM

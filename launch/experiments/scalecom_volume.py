@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from compression_plugins.config import Config
-from compression_plugins.reducer import Reducer
+from compression_plugins.engine.reducer import Reducer
 from compression_plugins.transports.local import LocalWorld, drive
 from launch import netlab
 from launch.document import COLOURS, Table

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from compression_plugins.config import Config
-from compression_plugins.plan import TensorSpec, make_plan
-from compression_plugins.reducer import Reducer
+from compression_plugins.engine.plan import TensorSpec, make_plan
+from compression_plugins.engine.reducer import Reducer
 from compression_plugins.transports.local import LocalWorld, drive
 
 
@@ -67,9 +67,7 @@ class Cluster:
 
     def memory(self, rank: int) -> Tensor:
         """What the rank's residuals hold, flat, in the order of the plan's buckets; dense buckets have none."""
-        return torch.cat(
-            [self.reducers[rank].state.residual(b) for b in self.plan.buckets if b.scheme.memory is not None]
-        )
+        return torch.cat([self.reducers[rank].state.kept(b) for b in self.plan.buckets if b.scheme.memory is not None])
 
     @property
     def sent(self) -> list[float]:

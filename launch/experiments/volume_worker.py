@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from compression_plugins.config import Config
-from compression_plugins.plan import Bucket, TensorSpec, make_plan
-from compression_plugins.reducer import Reducer
+from compression_plugins.engine.plan import Bucket, TensorSpec, make_plan
+from compression_plugins.engine.reducer import Reducer
 from compression_plugins.transports.torch_distributed import TorchDistributed
 
 RATIO = 100

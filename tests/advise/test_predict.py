@@ -14,8 +14,8 @@ from compression_plugins.advise.shapes import load
 from compression_plugins.advise.simulate import Machine
 from compression_plugins.advise.work import Operation, Work
 from compression_plugins.config import Config
+from compression_plugins.engine.plan import Bucket, TensorSpec
 from compression_plugins.errors import ConfigError
-from compression_plugins.plan import Bucket, TensorSpec
 
 NO_COPIES = Machine(copy_rate=1e30)
 SCALECOM = Config.load("scalecom")

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from compression_plugins import registry
 from compression_plugins.advise.record import Trace, Work, record
 from compression_plugins.advise.work import Codecs, Profile
-from compression_plugins.plan import Bucket
-from compression_plugins.schemes.base import Scheme, Segment
+from compression_plugins.core.call import Segment
+from compression_plugins.engine.plan import Bucket
+from compression_plugins.schemes import registry
+from compression_plugins.schemes.base import Scheme
 
 SEGMENTS = (Segment("a", 0, 96 * 70, (96, 70)), Segment("b", 0, 5000, (50, 100)))
 NUMEL = sum(segment.numel for segment in SEGMENTS)

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from compression_plugins import registry
 from compression_plugins.cli import main
 from compression_plugins.config import Config
+from compression_plugins.schemes import registry
 
 
 def test_schemes_lists_every_registered_scheme(capsys: pytest.CaptureFixture[str]) -> None:

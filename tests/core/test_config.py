@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from compression_plugins import config as config_module
-from compression_plugins import registry
+import compression_plugins
 from compression_plugins.config import Config, Settings, parse_assignments
+from compression_plugins.config import config as config_module
 from compression_plugins.errors import ConfigError
+from compression_plugins.schemes import registry
 
-CONFIGS = Path(config_module.__file__).parent / "configs"
+CONFIGS = Path(compression_plugins.__file__).parent / "configs"
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({}, r"key 'scheme' is missing; valid: .*scalecom"),

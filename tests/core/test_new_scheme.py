@@ -18,8 +18,8 @@ TOY = '''
 from typing import ClassVar
 
 from ..codecs import Codec, Uniform
-from ..registry import register
 from .base import Scheme
+from .registry import register
 
 
 @register

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
 from compression_plugins.config import Config
-from compression_plugins.errors import ConfigError
-from compression_plugins.plan import TensorSpec, make_plan
+from compression_plugins.engine.plan import TensorSpec, make_plan, unmatched
 
 SPECS = [
     TensorSpec("embed.weight", (1000, 64), "float32"),
@@ -49,11 +46,30 @@ def test_the_first_rule_that_matches_wins_over_exemptions() -> None:
     assert decided["embed.weight"] == ("none", "rule 'embed*'")
 
 
-def test_a_rule_that_matches_nothing_is_an_error_with_the_nearest_name() -> None:
-    with pytest.raises(
-        ConfigError, match=r"rule 'embedd.weight' matches none of the 6 tensors; did you mean 'embed.weight'"
-    ):
-        plan(rules=[{"match": "embedd.weight", "scheme": "none"}])
+def test_rules_and_exemptions_that_match_nothing_are_found_with_the_nearest_name() -> None:
+    config = Config.load(
+        {"scheme": "topk", "rules": [{"match": "embedd.weight", "scheme": "none"}], "exempt": ["head*", "tail*"]}
+    )
+    (rule, first), (pattern, second) = unmatched(config, [spec.name for spec in SPECS])
+    assert (rule, pattern) == ("embedd.weight", "tail*")
+    assert first == "rule 'embedd.weight' matches none of the 6 tensors; did you mean 'embed.weight'?"
+    assert second.startswith("exempt pattern 'tail*' matches none of the 6 tensors")
+
+
+def test_tensors_that_appear_later_get_buckets_of_their_own() -> None:
+    config = Config.load("topk")
+    early = make_plan(config, SPECS[:3])
+    late = early.extended(config, SPECS[3:])
+    assert late.buckets[-len(early.buckets) :] == early.buckets
+    assert sorted(s.name for b in late.buckets for s in b.segments) == sorted(spec.name for spec in SPECS)
+    assert [row.name for row in late.rows] == [spec.name for spec in SPECS]
+
+
+def test_tensors_wider_than_the_kernels_travel_as_they_are_in_buckets_of_their_dtype() -> None:
+    specs = [TensorSpec("wide", (64, 64), "float64"), TensorSpec("w", (64, 64), "float32")]
+    wide, usual = sorted(make_plan(Config.load("topk"), specs).buckets, key=lambda bucket: bucket.dtype, reverse=True)
+    assert (wide.dtype, wide.scheme.name, usual.dtype, usual.scheme.name) == ("float64", "none", "float32", "topk")
+    assert wide.dense_bytes(2) == wide.wire_bytes(2) == 8 * 4096
 
 
 def test_every_element_is_in_exactly_one_bucket_in_reverse_order() -> None:
@@ -92,7 +108,7 @@ def test_automatic_buckets_are_a_quarter_of_the_gradients_from_2_to_25_mib() -> 
 
 
 def test_the_table_names_what_is_not_compressed_and_why() -> None:
-    table = plan().table()
+    table = plan().table(2)
     assert "scalecom(ratio=100, beta=1.0, selection=chunk, values=fp32): 3 tensors" in table
     assert "none: 2 tensors, 74 values (below min_numel 1024" in table or "below min_numel 1024" in table
     assert "block.tiny" in table
@@ -110,5 +126,5 @@ def test_digest_depends_on_names_and_shapes() -> None:
 
 def test_a_scheme_that_only_measures_says_so_in_the_table() -> None:
     specs = [TensorSpec("w", (64, 64), "float32")]
-    assert "the model does not train" in make_plan(Config.load("fake"), specs).table()
-    assert "the model does not train" not in make_plan(Config.load("topk"), specs).table()
+    assert "the model does not train" in make_plan(Config.load("fake"), specs).table(2)
+    assert "the model does not train" not in make_plan(Config.load("topk"), specs).table(2)

@@ -13,8 +13,8 @@ import yaml
 from torch import Tensor, nn
 
 from compression_plugins.config import Config
+from compression_plugins.engine.plan import TensorSpec, make_plan
 from compression_plugins.errors import ConfigError
-from compression_plugins.plan import TensorSpec, make_plan
 from compression_plugins.rates import Rate, ratio_of, rules_yaml, scalecom_rates
 
 

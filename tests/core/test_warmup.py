@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compression_plugins import registry
 from compression_plugins import triton_kernels as K
-from compression_plugins.plan import TensorSpec, make_plan
-from compression_plugins.reducer import Reducer
+from compression_plugins.engine.plan import TensorSpec, make_plan
+from compression_plugins.engine.preload import preload
+from compression_plugins.engine.reducer import Reducer
+from compression_plugins.schemes import registry
 from compression_plugins.transports.echo import EchoTransport
-from compression_plugins.warmup import warm_up
 from tests.world import config
 
 
@@ -22,7 +22,7 @@ def plan_of(settings):
 @pytest.mark.parametrize("rank, size, sharded", [(0, 2, False), (1, 2, True), (2, 3, False), (4, 6, True)])
 def test_every_scheme_runs_alone_on_any_rank(name, rank, size, sharded):
     settings = config(name, warmup_steps=2)
-    warm_up(settings, plan_of(settings), rank, size, sharded)
+    preload(settings, plan_of(settings), rank, size, sharded)
 
 
 def test_the_kernels_of_the_first_steps_have_been_called(monkeypatch):
@@ -42,7 +42,7 @@ def test_the_kernels_of_the_first_steps_have_been_called(monkeypatch):
         specs = [TensorSpec("long", (1024, 512), "float32"), TensorSpec("short", (64, 64), "float32")]
         plan = make_plan(settings, specs)
         assert len(plan.buckets) == 2
-        warm_up(settings, plan, 1, 3)
+        preload(settings, plan, 1, 3)
     assert called == {
         "uniform_encode", "uniform_decode", "uniform_reduce", "uniform_round", "one_hot_signs", "chunk_select"
     }  # fmt: skip

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from compression_plugins import triton_kernels as K
-from compression_plugins.schemes.double_quantization import DoubleQuantization
-from compression_plugins.weights import QuantizedWeights, mu_rule_bits, weight_codec
+from compression_plugins.optimizer.quantized_weights import QuantizedWeights
+from compression_plugins.optimizer.weight_law import WeightLaw, mu_rule_bits, weight_codec
 
 
 @pytest.mark.parametrize("mu", [0.01, 0.5, 5.0])
@@ -35,66 +35,80 @@ def test_fewer_bits_would_break_the_rule_where_widths_allow_to_tell() -> None:
     assert mu_rule_bits(math.nan, 1.0, numel, mu) is None
 
 
+LAW = WeightLaw(mu=0.5, snapshot_steps=4)
+
+
 def train(parameter: torch.Tensor, weights: QuantizedWeights, steps: int) -> None:
     for step in range(steps):
-        weights.restore()
+        weights.before_forward()
+        weights.after_backward()
         with torch.no_grad():
             parameter.sub_(0.01 * torch.sin(parameter + step))
-        weights.quantize(step)
+        weights.after_step(step)
 
 
 def test_the_optimizer_keeps_full_precision() -> None:
     plain = torch.nn.Parameter(torch.linspace(-1, 1, 5000))
     quantized = torch.nn.Parameter(plain.detach().clone())
-    weights = QuantizedWeights(DoubleQuantization(snapshot_steps=4), [("w", quantized)])
+    weights = QuantizedWeights(LAW, [("w", quantized)])
     for step in range(10):
-        weights.restore()
+        weights.before_forward()
+        since = (step - 1) % 4
+        assert torch.equal(plain, quantized) == (step == 0 or since == 0), "gradients are taken at quantized weights"
+        weights.after_backward()
+        assert torch.equal(plain, quantized), "the step starts from, and ends at, the exact weights"
         with torch.no_grad():
             for p in (plain, quantized):
                 p.sub_(0.01 * torch.sin(p + step))
-        assert torch.equal(plain, quantized), "the step starts from, and ends at, the exact weights"
-        weights.quantize(step)
-        assert torch.equal(plain, quantized) == (step % 4 == 0), "the model computes with quantized weights in between"
+        weights.after_step(step)
+        assert torch.equal(plain, quantized)
 
 
-def test_weights_that_somebody_overwrote_are_kept() -> None:
-    parameter = torch.nn.Parameter(torch.randn(100))
-    weights = QuantizedWeights(DoubleQuantization(), [("w", parameter)])
+def test_what_a_script_writes_between_steps_is_kept_to_the_last_bit() -> None:
+    parameter = torch.nn.Parameter(torch.randn(100, 7))
+    weights = QuantizedWeights(LAW, [("w", parameter)])
     train(parameter, weights, 3)
-    parameter.data.numpy().fill(7.0)  # as from C++: torch's version counter does not move
-    weights.restore()
-    assert (parameter == 7).all()
+    with torch.no_grad():
+        parameter[3] = 0
+    edited = parameter.detach().clone()
+    weights.before_forward()
+    assert not torch.equal(parameter, edited), "else nothing is quantized"
+    weights.after_backward()
+    assert torch.equal(parameter, edited)
+
+
+def test_exact_weights_are_to_be_had_in_the_middle_of_a_step_and_the_quantized_ones_come_back() -> None:
+    parameter = torch.nn.Parameter(torch.randn(100, 7))
+    weights = QuantizedWeights(LAW, [("w", parameter)])
+    train(parameter, weights, 3)
+    exact = parameter.detach().clone()
+    weights.before_forward()
+    quantized = parameter.detach().clone()
+    with weights.exact():
+        assert torch.equal(parameter, exact)
+    assert torch.equal(parameter, quantized) and not torch.equal(exact, quantized)
+
+
+def test_two_groups_of_weights_share_no_draws() -> None:
+    values = torch.randn(4000)
+    drawn = []
+    for name in ("encoder", "decoder"):
+        parameter = torch.nn.Parameter(values.clone())
+        weights = QuantizedWeights(LAW, [(name, parameter)])
+        train(parameter, weights, 3)
+        weights.before_forward()
+        drawn.append(parameter.detach())
+    assert not torch.equal(*drawn)
 
 
 def test_a_resume_continues_bit_for_bit() -> None:
     one = torch.nn.Parameter(torch.linspace(-1, 1, 300))
-    first = QuantizedWeights(DoubleQuantization(snapshot_steps=3), [("w", one)])
-    train(one, first, 5)
+    first = QuantizedWeights(LAW._replace(snapshot_steps=3), [("w", one)])
+    train(one, first, 6)
     two = torch.nn.Parameter(one.detach().clone())
-    second = QuantizedWeights(DoubleQuantization(snapshot_steps=3), [("w", two)])
+    second = QuantizedWeights(LAW._replace(snapshot_steps=3), [("w", two)])
     second.load_state_dict(first.state_dict())
+    exact = one.detach().clone()
     for weights in (first, second):
-        weights.restore()
-        weights.quantize(5)
-    assert torch.equal(one, two)
-
-
-def test_of_many_weights_only_those_that_somebody_overwrote_are_kept() -> None:
-    names = ("a", "b", "c")
-    parameters = [torch.nn.Parameter(torch.randn(40, 30)) for _ in names]
-    alone = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
-    together = QuantizedWeights(DoubleQuantization(), list(zip(names, parameters)))
-    each = [QuantizedWeights(DoubleQuantization(), [(name, p)]) for name, p in zip(names, alone)]
-    for step in range(3):
-        for weights, ps in [(together, parameters), *((one, [p]) for one, p in zip(each, alone))]:
-            weights.restore()
-            with torch.no_grad():
-                for p in ps:
-                    p.sub_(0.01 * torch.sin(p + step))
-            weights.quantize(step)
-    parameters[1].data.numpy().fill(7.0)
-    together.restore()
-    for weights in each:
-        weights.restore()
-    assert (parameters[1] == 7).all()
-    assert torch.equal(parameters[0], alone[0]) and torch.equal(parameters[2], alone[2])
+        weights.before_forward()
+    assert torch.equal(one, two) and not torch.equal(one, exact)

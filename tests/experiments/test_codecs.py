@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from compression_plugins import registry
+from compression_plugins.schemes import registry
 
 from .quick import run_quick
 

@@ -9,7 +9,7 @@ import torch
 
 from compression_plugins.advise.compute import from_shapes
 from compression_plugins.advise.shapes import Shapes, load
-from compression_plugins.plan import TensorSpec
+from compression_plugins.engine.plan import TensorSpec
 from launch.bench.synthetic import Clock, Still, Synthetic
 
 

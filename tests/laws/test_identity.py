@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from compression_plugins.codecs import Codec
-from compression_plugins.collectives import dense_sum, gather, ring_fold, square_rows, torus_fold, two_stage
-from compression_plugins.memories import ERROR_FEEDBACK
-from compression_plugins.schemes.base import Call, Reduction
+from compression_plugins.collectives import dense_mean, gather_mean, ring_fold, square_rows, torus_fold, two_stage
+from compression_plugins.core.call import Call, Reduction
+from compression_plugins.core.memory import ERROR_FEEDBACK
 from compression_plugins.transports.local import LocalWorld
 
 from ..world import World, config, mean
@@ -38,7 +38,7 @@ class Identity(Codec):
         x = payload.clone().view(torch.float32) * weight
         return x if out is None else out.add_(x) if accumulate else out.copy_(x)
 
-    def reduce(self, payloads, numel, key) -> Tensor:  # noqa: ANN001
+    def merge(self, payloads, numel, key) -> Tensor:  # noqa: ANN001
         out = self.average(payloads, numel, torch.empty(numel))
         return out.view(torch.uint8)
 
@@ -47,8 +47,8 @@ class Collective(World):
     """Runs one collective, with the identity codec, in place of the scheme's own."""
 
     def __init__(self, size: int, run: Callable[[Tensor, Call], Reduction]) -> None:
-        super().__init__(config("ef_signsgd"), size)
-        scheme = type("Probe", (type(self.bucket.scheme),), {"reduce": lambda self, x, call: run(x, call)})()
+        super().__init__(config("topk"), size)
+        scheme = type("Probe", (type(self.bucket.scheme),), {"mean": lambda self, x, call: run(x, call)})()
         object.__setattr__(self.plan.buckets[0], "scheme", scheme)
 
 
@@ -70,9 +70,9 @@ def fold(x: Tensor, call: Call, rows: int | None = None) -> Reduction:
 
 
 COLLECTIVES = {
-    "sum": lambda x, call: dense_sum(call, x),
-    "gather": lambda x, call: gather(Identity(), None, call, x),
-    "gather with memory": lambda x, call: gather(Identity(), ERROR_FEEDBACK, call, x),
+    "sum": lambda x, call: dense_mean(call, x),
+    "gather": lambda x, call: gather_mean(Identity(), None, call, x),
+    "gather with memory": lambda x, call: gather_mean(Identity(), ERROR_FEEDBACK, call, x),
     "two_stage": lambda x, call: two_stage(Identity(), None, call, x),
     "ring": fold,
     "torus": lambda x, call: fold(x, call, square_rows(call.transport.size)),
@@ -136,7 +136,7 @@ def test_scalecom_leader_rotates_with_the_step_and_keeps_k_values() -> None:
     world = World(config("scalecom", ratio=10, beta=1.0), 3)
     for step in range(6):
         gradients = world.gradients(step)
-        p = gradients[step % 3] + world.reducers[step % 3].state.residual(world.bucket)
+        p = gradients[step % 3] + world.reducers[step % 3].state.kept(world.bucket)
         padded = torch.zeros(-(-p.numel() // 10) * 10)
         padded[: p.numel()] = p.abs()
         chosen = padded.view(-1, 10).argmax(1) + 10 * torch.arange(padded.numel() // 10)

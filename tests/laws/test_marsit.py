@@ -8,8 +8,8 @@ from torch import Tensor
 
 from compression_plugins.collectives import square_rows
 from compression_plugins.config import Config
+from compression_plugins.engine.reducer import Reducer
 from compression_plugins.errors import ConfigError, UnsupportedError
-from compression_plugins.reducer import Reducer
 from compression_plugins.transports.local import LocalWorld, drive
 
 from ..world import World, config, mean
@@ -29,7 +29,7 @@ def votes(world: World, gradients: list[Tensor], draws: int) -> Tensor:
     rows = []
     for step in range(1, draws + 1):
         for reducer in world.reducers:
-            reducer.load_state_dict({"version": 1, "step": step, "size": world.size, "residuals": {}, "tensors": {}})
+            reducer.load_state_dict({"version": 2, "step": step, "size": world.size, "vectors": {}, "tensors": {}})
         rows.append(world.reduce(gradients)[0] > 0)
     return torch.stack(rows)
 
@@ -84,7 +84,7 @@ def test_no_lane_beyond_the_end_reaches_the_memory() -> None:
     gradients = world.gradients(1)
     result = world.step(gradients)[0]
     for gradient, reducer in zip(gradients, world.reducers):
-        residual = reducer.state.residual(world.bucket)
+        residual = reducer.state.kept(world.bucket)
         assert residual.shape == (33,) and torch.equal(residual, gradient - result)
     assert torch.equal(result.abs(), torch.full((33,), 0.5))
 
@@ -117,11 +117,11 @@ def test_auto_is_the_torus_nearest_to_a_square(size: int, rows: int) -> None:
 def test_all_forms_send_two_bits_an_element_times_n_minus_one_nth(form: dict, size: int) -> None:
     world = World(config("marsit", flush_steps=NEVER, eta_s=1.0, **form), size, {"w": (48, 64)})  # no padding for any n
     votes(world, world.gradients(0), 1)
-    around = (size - 1) / size
+    around, marks = (size - 1) / size, (size - 1) * 64  # a bit for each of 48 rows, in whole words
+    expected = 2 * around * (48 * 64 + 32) + marks  # and the flag's word
     for transport in world.local.transports:
-        assert 8 * transport.sent == pytest.approx(2 * around * (48 * 64 + 32), rel=1e-12)  # and the flag's word
-    bits = world.bucket.scheme.wire_bits(world.bucket.segments, size)
-    assert bits == pytest.approx(2 * around * (48 * 64 + 32), rel=1e-3)  # one flush in a million steps
+        assert 8 * transport.sent == pytest.approx(expected, rel=1e-12)
+    assert 8 * world.bucket.wire_bytes(size) == pytest.approx(expected, rel=1e-3)  # one flush in a million steps
 
 
 def test_a_torus_needs_fewer_hops_than_the_ring() -> None:
@@ -132,9 +132,9 @@ def test_a_torus_needs_fewer_hops_than_the_ring() -> None:
         drive(jobs)
         return jobs[0].phase
 
-    flag = 1
-    assert operations(form="ring") == flag + 2 * 7
-    assert operations(form="torus") == flag + 2 * 3 + 2 * 1
+    beside = 2  # the flag, and the marks of zeros
+    assert operations(form="ring") == beside + 2 * 7
+    assert operations(form="torus") == beside + 2 * 3 + 2 * 1
 
 
 @pytest.mark.parametrize(

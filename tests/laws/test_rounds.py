@@ -66,4 +66,4 @@ def test_either_way_all_ranks_end_with_the_same_bits_near_the_mean_and_send_what
     assert all(torch.equal(first, other) for other in others)
     assert 1e-4 < (first.double() - mean(gradients)).norm() / mean(gradients).norm() < 0.02
     counted = sum(t.sent for t in ranks.local.transports) * 8 / 4
-    assert counted == pytest.approx(ranks.bucket.scheme.wire_bits(ranks.bucket.segments, 4), rel=1e-9)
+    assert counted == pytest.approx(8 * ranks.bucket.wire_bytes(4), rel=1e-9)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compression_plugins.codecs import Cast, Codec, Sign, Uniform
 from compression_plugins.collectives.shards import decode_shards, encode_shards, even_shards
-from compression_plugins.memories import ERROR_FEEDBACK
+from compression_plugins.core.memory import ERROR_FEEDBACK, Vector
 from compression_plugins.schemes.signsgd import Vote
 from compression_plugins.triton_kernels import Key
 
@@ -35,7 +35,11 @@ def one_by_one(codec: Codec, x: Tensor, shards: list[int], residual: Tensor | No
     payloads, memory, counter = [], None if residual is None else ERROR_FEEDBACK, 0
     for part, owed in zip(x.split(shards), [None] * len(shards) if residual is None else residual.split(shards)):
         key = KEY._replace(offset=counter)
-        payloads.append(codec.encode(part, key, memory, owed) if len(part) else torch.empty(0, dtype=torch.uint8))
+        payloads.append(
+            codec.encode(part, key, memory, Vector(owed, owed) if memory else None)
+            if len(part)
+            else torch.empty(0, dtype=torch.uint8)
+        )
         counter += -(-len(part) // 8) * 8  # no two shards share a random number
     return payloads
 
@@ -62,11 +66,12 @@ def test_shards_have_the_payloads_that_each_has_by_itself(
     x = torch.randn(numel, generator=generator)
     owed = torch.randn(numel, generator=generator) if with_memory and name != "one scale for all" else None
     expected_owed = None if owed is None else owed.clone()
+    residual = None if owed is None else Vector(owed, torch.full_like(owed, 7.0))
     expected = one_by_one(codec, x, shards, expected_owed)
-    found = encode_shards(codec, x, shards, KEY, None if owed is None else ERROR_FEEDBACK, owed)
+    found = encode_shards(codec, x, shards, KEY, None if owed is None else ERROR_FEEDBACK, residual)
     assert torch.equal(found, torch.cat(expected))
     if owed is not None:
-        assert torch.equal(owed, expected_owed)
+        assert torch.equal(residual.new, expected_owed)
     longest = codec.nbytes(max(shards))
     slots = torch.full((size, longest), 255, dtype=torch.uint8)
     for slot, payload in zip(slots, expected):

@@ -94,13 +94,15 @@ def test_wire_of_the_cascade_is_two_rounds_of_the_longest_segment(size: int, wor
     """1600 elements: 50 words of signs in segments of whole words, each with a norm."""
     world = World(config("cascading_ssdm"), size, {"w": (40, 40)})
     world.step(world.gradients(0))
+    marks = (size - 1) * 4 * 2  # a bit for each of 40 rows
+    sent = 2 * (size - 1) * 4 * (words + 1) + marks
     for transport in world.local.transports:
-        assert transport.sent == 2 * (size - 1) * 4 * (words + 1)
-    assert world.bucket.scheme.wire_bits(world.bucket.segments, size) == 8 * 2 * (size - 1) * 4 * (words + 1)
+        assert transport.sent == sent
+    assert 8 * world.bucket.wire_bytes(size) == 8 * sent
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_wire_of_ssdm_is_a_bit_an_element_and_a_norm_to_every_other_rank(size: int) -> None:
     world = World(config("ssdm"), size, {"w": (40, 40)})
     world.step(world.gradients(0))
-    assert all(8 * transport.sent == (size - 1) * (1600 + 32) for transport in world.local.transports)
+    assert all(8 * transport.sent == (size - 1) * (1600 + 32 + 64) for transport in world.local.transports)

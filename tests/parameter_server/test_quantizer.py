@@ -9,9 +9,9 @@ import torch
 
 from compression_plugins import triton_kernels as K
 from compression_plugins.errors import CompressionError
+from compression_plugins.optimizer.weight_law import least_bits
 from compression_plugins.parameter_server import quantizer
 from compression_plugins.triton_kernels.philox import uniform
-from compression_plugins.weights import least_bits
 
 WIDTHS = range(2, 17)
 

@@ -39,7 +39,7 @@ def check(transport: Transport, name: str = "contract") -> Generator[Handle, Any
     assert (yield job.broadcast(mine.clone(), size - 1)).tolist() == [size - 1] * 4
 
     right, left = (rank + 1) % size, (rank - 1) % size
-    assert (yield job.exchange(mine, to=right, source=left)).tolist() == [left] * 4
+    assert (yield job.send_recv(mine, to=right, source=left)).tolist() == [left] * 4
 
     around = (size - 1) / size
     expected = (

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from compression_plugins.reducer import Reducer
+from compression_plugins.engine.reducer import Reducer
 from compression_plugins.transports.torch_distributed import TorchDistributed
 
 from ..world import World, config

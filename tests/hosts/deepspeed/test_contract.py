@@ -145,7 +145,7 @@ def test_the_config_keeps_its_document_and_the_fields_that_decide_a_refusal():
 
 
 def test_a_host_without_a_seam_is_refused_by_name_and_version():
-    from compression_plugins.adapters.deepspeed_seams import check
+    from compression_plugins.adapters.deepspeed.seams import check
     from compression_plugins.errors import UnsupportedError
 
     with pytest.raises(UnsupportedError, match=r"DeepSpeed 9\.9\.9 has no object\.allreduce_bucket"):
@@ -153,7 +153,7 @@ def test_a_host_without_a_seam_is_refused_by_name_and_version():
 
 
 def test_the_example_configs_say_the_same_and_deepspeed_accepts_them():
-    from compression_plugins.adapters.deepspeed import install
+    from compression_plugins.adapters.deepspeed.engine import install
 
     install()
     folder = Path(__file__).parents[3] / "configs/deepspeed"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from compression_plugins.adapters import horovod_launch
+from compression_plugins.adapters.horovod import launch as horovod_launch
 from compression_plugins.config import Config
 from compression_plugins.errors import CompressionError
 

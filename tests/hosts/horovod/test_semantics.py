@@ -29,8 +29,8 @@ def test_keeping_every_value_equals_dense_with_accumulation_and_clipping(two: li
     assert len(found) == 4 and max(found.values()) <= 1e-6, found
 
 
-def test_op_sum_equals_dense_sum(two: list[dict[str, Any]]) -> None:
-    assert same(two, "sum_equals_dense_sum") <= 1e-6
+def test_op_sum_equals_dense_mean(two: list[dict[str, Any]]) -> None:
+    assert same(two, "sum_equals_dense_mean") <= 1e-6
 
 
 def test_gradients_that_are_zeroed_in_place_equal_dense(two: list[dict[str, Any]]) -> None:

@@ -97,7 +97,7 @@ def transport_results(process_set: hvd.ProcessSet) -> dict[str, object]:
         "gather": scope.all_gather(torch.full((3,), rank, dtype=torch.uint8)),
         "uneven": scope.all_to_all(torch.full((sum(send),), rank, dtype=torch.int32), send, receive),
         "root": scope.broadcast(mine, size - 1),
-        "ring": scope.exchange(torch.full((4,), rank, dtype=torch.uint8), nxt, before),
+        "ring": scope.send_recv(torch.full((4,), rank, dtype=torch.uint8), nxt, before),
         "other": transport.scoped("b").all_reduce(mine),
         "empty": scope.all_gather(torch.empty(0, dtype=torch.uint8)),
     }

@@ -32,12 +32,12 @@ from horovod.torch import optimizer as host
 from horovod.torch.compression import Compressor, NoneCompressor
 from torch import Tensor
 
-from .. import registry
-from ..config import Config, from_environment
-from ..errors import UnsupportedError, nearest
-from . import horovod_elastic
-from .horovod_session import Session, agree_on_steps, sessions
-from .notice import announce
+from ...config import Config, from_environment
+from ...engine.notice import announce
+from ...errors import UnsupportedError, nearest
+from ...schemes import registry
+from . import elastic as horovod_elastic
+from .session import Session, agree_on_steps, sessions
 
 _CONSTRUCTOR = [
     *("self", "params", "named_parameters", "compression", "backward_passes_per_step", "op"),

@@ -1,6 +1,6 @@
 """Counters of every step, as JSON lines or for TensorBoard.
 
-COMPRESSION_PLUGINS_TELEMETRY=run.jsonl            one line a step (rank 0; `{rank}` in the path: every rank)
+COMPRESSION_PLUGINS_TELEMETRY=run.jsonl            one line per step (rank 0; `{rank}` in the path: every rank)
 COMPRESSION_PLUGINS_TELEMETRY=tensorboard:runs/a   scalars under compression/
 """
 
@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-from .errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from .reducer import Reducer
+from ..core.seconds import Seconds
+from ..errors import UnsupportedError
 
 ENVIRONMENT_VARIABLE = "COMPRESSION_PLUGINS_TELEMETRY"
 #: Of `Seconds`, recorded as NAME_s.
@@ -23,8 +22,30 @@ PHASES = ("encode", "decode", "wire", "exposed")
 NORM_EVERY = 10
 
 
+class Counters(NamedTuple):
+    """What a reducer has counted when a step ends; sums run from the start of the job.
+
+    Attributes:
+        step: optimizer steps done.
+        sent: payload bytes, all steps.
+        dense: bytes that a dense ring would have sent in this step, in the dtype of what was reduced.
+        norm: gives the Euclidean norm of the residuals.
+        state_bytes: bytes of state.
+        seconds: by phase, all steps.
+        skipped: whether the step was taken back.
+    """
+
+    step: int
+    sent: float
+    dense: float
+    norm: Callable[[], float]
+    state_bytes: int
+    seconds: Seconds
+    skipped: bool
+
+
 class Telemetry:
-    """Writes, for each step: payload bytes sent, ratio to a dense fp32 ring, bytes of state, seconds by phase; for
+    """Writes, for each step: payload bytes sent, ratio to a dense ring, bytes of state, seconds by phase; for
     every tenth the norm of the residuals too.
     """
 
@@ -52,22 +73,20 @@ class Telemetry:
             return None
         return cls(target.replace("{rank}", str(rank)))
 
-    def step(self, reducer: Reducer, elements: int, skipped: bool) -> None:
+    def step(self, now: Counters) -> None:
         """Record the step that has just ended."""
-        size = reducer.transport.size
-        sent, self._sent = reducer.transport.sent - self._sent, reducer.transport.sent
-        seconds = {name: getattr(reducer.seconds, name) for name in PHASES}
+        sent, self._sent = now.sent - self._sent, now.sent
+        seconds = {name: getattr(now.seconds, name) for name in PHASES}
         spent = {f"{name}_s": round(seconds[name] - self._seconds[name], 6) for name in PHASES}
         self._seconds = seconds
-        dense = 8 * elements * (size - 1) / size
         values = {
-            "step": reducer.step,
+            "step": now.step,
             "sent_bytes": round(sent),
-            "ratio": round(dense / sent, 3) if sent else None,
-            "residual_norm": reducer.state.norm() if self._lines % NORM_EVERY == 0 else None,
-            "state_bytes": reducer.state.nbytes(),
+            "ratio": round(now.dense / sent, 3) if sent else None,
+            "residual_norm": now.norm() if self._lines % NORM_EVERY == 0 else None,
+            "state_bytes": now.state_bytes,
             **spent,
-            "skipped": skipped,
+            "skipped": now.skipped,
         }
         self._lines += 1
         if self._board is None:
@@ -75,4 +94,4 @@ class Telemetry:
             return
         for name in ("sent_bytes", "ratio", "residual_norm", "state_bytes", *spent):
             if values[name] is not None:
-                self._board.add_scalar(f"compression/{name}", values[name], reducer.step)
+                self._board.add_scalar(f"compression/{name}", values[name], now.step)

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import __version__
-from ..errors import CompressionError
-from ..reducer import reshard
-from .differences import differences
-from .notice import announce
+from ... import __version__
+from ...engine.notice import announce
+from ...engine.reducer import reshard
+from ...errors import CompressionError
+from ..shared.differences import differences
 
 if TYPE_CHECKING:
-    from .deepspeed_backend import Session
+    from .session import Session
 
 _FILE = "communication_compression_rank_{rank:05d}_of_{size:05d}.pt"
 _PATTERN = re.compile(r"communication_compression_rank_(\d+)_of_(\d+)\.pt")

@@ -18,12 +18,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
-from ..config import Config, read_document
-from ..errors import ConfigError, UnsupportedError
+from ... import __version__
+from ...config import Config, read_document
+from ...errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
-    from .deepspeed_backend import Session
+    from .session import Session
 
 BLOCK = "communication_compression"
 _attached = 0  # engines so far; the same on every rank, so it names their handshakes
@@ -176,15 +176,16 @@ def attach(engine: Any, config: Config) -> Session:
     from deepspeed.comm import comm
     from torch.distributed.distributed_c10d import _get_default_store
 
-    from ..plan import TensorSpec, make_plan
-    from ..reducer import Reducer
-    from ..telemetry import Telemetry
-    from ..transports.torch_distributed import TorchDistributed
-    from ..warmup import warm_up
-    from . import deepspeed_checkpoint, deepspeed_seams
-    from .deepspeed_backend import CompressedBackend, Session
-    from .deepspeed_handshake import handshake
-    from .notice import announce
+    from ...engine.notice import announce
+    from ...engine.plan import TensorSpec, make_plan
+    from ...engine.preload import warm_up
+    from ...engine.reducer import Reducer
+    from ...engine.telemetry import Telemetry
+    from ...transports.torch_distributed import TorchDistributed
+    from ..shared.store_handshake import handshake
+    from . import checkpoint as deepspeed_checkpoint
+    from . import seams as deepspeed_seams
+    from .session import CompressedBackend, Session
 
     global _attached
     _refuse_engine(engine)

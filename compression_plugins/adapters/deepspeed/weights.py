@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import triton_kernels as K
-from ..errors import ConfigError
-from ..schemes.double_quantization import DoubleQuantization
-from ..weights import QuantizedWeights, mu_rule_bits, weight_codec
+from ... import triton_kernels as K
+from ...errors import ConfigError
+from ...optimizer.quantized_weights import QuantizedWeights, mu_rule_bits, weight_codec
+from ...schemes.double_quantization import DoubleQuantization
 
 if TYPE_CHECKING:
-    from .deepspeed_backend import Session
+    from .session import Session
 
 _STREAM = 1 << 30  # random numbers of weights, apart from those of gradients
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from .config import Config
+from ..config import Config
+from ..transports.echo import EchoTransport
 from .plan import Bucket, Plan
 from .reducer import Reducer
-from .schemes.double_quantization import DoubleQuantization
-from .transports.echo import EchoTransport
-from .weights import QuantizedWeights
 
 _SHAPE = (64, 64)
 _STEPS = 3  # a flush, a leader, a follower
 
 
-def warm_up(config: Config, plan: Plan, rank: int, size: int, sharded: bool = False) -> None:
+def preload(config: Config, plan: Plan, rank: int, size: int, sharded: bool = False) -> None:
     """Reduce gradients of ones with each scheme of `plan`, alone: its shortest bucket and its longest, for short
     messages may meet in another way than long ones.
 
@@ -30,19 +30,23 @@ def warm_up(config: Config, plan: Plan, rank: int, size: int, sharded: bool = Fa
         lengths = {b.numel: b for b in compressed if (b.scheme, b.device) == (scheme, device)}
         for numel in {min(lengths), max(lengths)}:
             _reduce(config, lengths[numel], EchoTransport(rank, size), sharded)
-        if isinstance(scheme, DoubleQuantization) and scheme.weights and not sharded:
-            parameter = torch.ones(_SHAPE, device=device)
-            weights = QuantizedWeights(scheme, [("warm-up", parameter)])
-            weights.quantize(0)
-            parameter.mul_(2)  # away from the snapshot
-            weights.quantize(1)
+        parameter = torch.ones(_SHAPE, device=device)
+        hook = None if sharded else scheme.step_hook({"preload": parameter}, config.seed)
+        if hook is not None:
+            for step in range(_STEPS):
+                hook.before_forward()
+                hook.after_backward()
+                parameter.mul_(2)
+                hook.after_step(step)
 
 
 def _reduce(config: Config, bucket: Bucket, transport: EchoTransport, sharded: bool) -> None:
     size, numel = transport.size, bucket.numel
     shards = [numel // size + (i < numel % size) for i in range(size)] if sharded else None
+    if "scatter_mean" not in bucket.scheme.operations:
+        shards = None
     reducer = Reducer(config, transport)
     reducer.step = config.warmup_steps  # past the dense ones
     for _ in range(_STEPS):
-        reducer.reduce(bucket, torch.ones(numel, device=bucket.device), shards)
+        reducer.reduce(replace(bucket), torch.ones(numel, device=bucket.device), shards)
         reducer.end_step()

@@ -19,18 +19,19 @@ import torch
 from horovod.torch import mpi_ops
 from torch import Tensor
 
-from .. import __version__, registry
-from ..config import Config
-from ..errors import MismatchError, UnsupportedError
-from ..plan import Bucket, Plan, TensorSpec, make_plan
-from ..reducer import Job, Reducer
-from ..schemes.double_quantization import DoubleQuantization
-from ..telemetry import Telemetry
-from ..transports.horovod import HorovodTransport
-from ..warmup import warm_up
-from ..weights import QuantizedWeights
-from .horovod_handshake import Standing, compare, gather_texts
-from .notice import announce
+from ... import __version__
+from ...config import Config
+from ...engine.notice import announce
+from ...engine.plan import Bucket, Plan, TensorSpec, make_plan
+from ...engine.preload import warm_up
+from ...engine.reducer import Job, Reducer
+from ...engine.telemetry import Telemetry
+from ...errors import MismatchError, UnsupportedError
+from ...optimizer.quantized_weights import QuantizedWeights
+from ...schemes import registry
+from ...schemes.double_quantization import DoubleQuantization
+from ...transports.horovod import HorovodTransport
+from .handshake import Standing, compare, gather_texts
 
 #: Sessions of optimizers that are still alive.
 sessions: weakref.WeakSet[Session] = weakref.WeakSet()

@@ -11,7 +11,7 @@ import os
 from datetime import timedelta
 from typing import Any, Protocol
 
-from ..errors import MismatchError
+from ...errors import MismatchError
 from .differences import TIMEOUT_VARIABLE, differences
 
 #: Seconds to wait for the slowest rank; the environment variable `TIMEOUT_VARIABLE` overrides it.

@@ -11,12 +11,13 @@ import torch.distributed as dist
 from deepspeed.comm.torch import Noop, TorchBackend
 from torch import Tensor
 
-from ..errors import UnsupportedError
-from ..plan import Bucket, Plan
-from ..reducer import Reducer
-from ..schemes.base import Scheme, Segment
-from .deepspeed_seams import Piece, Scope
-from .deepspeed_weights import GatheredWeights, LocalWeights, weights_of
+from ...core.call import Segment
+from ...engine.plan import Bucket, Plan
+from ...engine.reducer import Reducer
+from ...errors import UnsupportedError
+from ...schemes.base import Scheme
+from .seams import Piece, Scope
+from .weights import GatheredWeights, LocalWeights, weights_of
 
 #: Elements at whose multiples vectors begin, so that kernels may load whole vectors of the processor.
 _ALIGNMENT = 64

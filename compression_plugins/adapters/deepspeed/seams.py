@@ -21,12 +21,12 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import UnsupportedError
+from ...errors import UnsupportedError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .deepspeed_backend import Session
+    from .session import Session
 
 #: Methods that must exist, per object.
 ENGINE_SEAMS = ("allreduce_bucket", "_take_model_step", "_save_checkpoint", "_load_checkpoint", "load_checkpoint")

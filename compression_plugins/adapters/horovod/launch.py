@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from ..errors import CompressionError, ConfigError
+from ...errors import CompressionError, ConfigError
 
 _VARIABLE = "COMPRESSION_PLUGINS_CONFIG"
 _HELP = {
@@ -79,7 +79,7 @@ def configuration(compression: str | None, settings: Sequence[str], config_file:
     source = compression if compression is not None else _section(config_file)
     if source is None and not settings:
         return None
-    from ..config import Config, parse_assignments  # brings pydantic; a launch without compression does not pay for it
+    from ...config import Config, parse_assignments
 
     if source is None:
         raise ConfigError("--compression-set needs a scheme: add --compression NAME, or compression: to --config-file")
@@ -89,7 +89,7 @@ def configuration(compression: str | None, settings: Sequence[str], config_file:
 def _section(config_file: str | None) -> str | Mapping[str, Any] | None:
     if config_file is None:
         return None
-    from ..config import read_document
+    from ...config import read_document
 
     section = read_document(config_file).get("compression")
     if section is None or isinstance(section, str | dict):
@@ -144,6 +144,6 @@ class _Argparse:
 
 
 if __name__ == "__main__":  # through the package, so that this module is not loaded a second time under another name
-    from compression_plugins.adapters import horovod_launch
+    from compression_plugins.adapters.horovod import launch as horovod_launch
 
     sys.exit(horovod_launch.main(sys.argv[1:]))

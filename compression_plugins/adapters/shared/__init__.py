@@ -1,0 +1,1 @@
+"""What several hosts' adapters have in common."""

@@ -1,0 +1,224 @@
+"""Runs buckets: gradients in, averaged gradients out. Owns the state and knows no host framework."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Config
+from ..core.call import Call, Reduction
+from ..core.clock import Clock
+from ..core.memory import finite
+from ..core.streams import Purpose, stream
+from ..errors import CompressionError
+from ..schemes.base import Scheme
+from ..transports.base import Transport
+from ..triton_kernels import Key
+from .driver import Engine, Work
+from .marks import marked
+from .plan import Bucket
+from .state import CallSlots, State
+from .telemetry import Counters, Telemetry
+
+STATE_VERSION = 2
+_SAMPLES = 32  # elements of a tensor that are looked at before all of it is
+
+
+class Reducer:
+    """Averages buckets over the ranks of a transport, as a configuration says.
+
+    What a step changes in the state is kept apart until `end_step`, so that a step which does not happen (an overflow,
+    gradients that the script drops) leaves no trace.
+
+    Args:
+        config: the same on every rank; sessions compare `config.digest()` before the first step.
+        transport: the ranks.
+        telemetry: where counters go, or None.
+
+    Raises:
+        UnsupportedError: a scheme cannot run on that number of ranks.
+
+    Attributes:
+        step: optimizer steps done; survives a resume.
+        engine: what runs the reductions.
+    """
+
+    def __init__(self, config: Config, transport: Transport, telemetry: Telemetry | None = None) -> None:
+        config.check_ranks(transport.size)
+        self.config, self.transport, self.telemetry = config, transport, telemetry
+        self.state = State()
+        self.engine = Engine(transport.ordered)
+        self.step = 0
+        self._uses: dict[int, int] = {}  # reductions of a bucket in this step: micro-batches
+        self._dense = 0  # bytes that a dense all-reduce would have sent
+        self._samples: dict[Bucket, Tensor] = {}
+
+    @property
+    def warming(self) -> bool:
+        """Whether this step is one of the dense ones before compression."""
+        return self.step < self.config.warmup_steps
+
+    def scheme_of(self, bucket: Bucket) -> Scheme:
+        """What reduces `bucket` in this step."""
+        return bucket.scheme.dense if self.warming else bucket.scheme
+
+    def start(
+        self,
+        bucket: Bucket,
+        flat: Tensor,
+        shards: Sequence[int] | None = None,
+        absent: frozenset[str] = frozenset(),
+        scheme: Scheme | None = None,
+    ) -> Work[Tensor]:
+        """Start to average `flat` over ranks.
+
+        `flat` belongs to the work from now on: it is overwritten, and the result may be it. (A fresh tensor of this
+        size for every step would cost a CPU more in page faults than most codecs do in arithmetic.)
+        Where the transport is ordered, every rank must start the same buckets in the same order.
+
+        Args:
+            flat: [bucket.numel], of the bucket's dtype: fp32 for whatever is compressed.
+            shards: elements that each rank owns, in rank order: only this rank's shard of the result has meaning.
+            absent: parameters of which this rank has no gradient, here zeros: it keeps what it remembers of them to
+                itself. On a CPU a gradient that is zero everywhere counts as absent too; on a GPU looking would mean
+                waiting.
+            scheme: in the place of the bucket's own, for a reduction that must be exact.
+        """
+        if flat.shape != (bucket.numel,):
+            raise CompressionError(
+                f"a bucket of {bucket.numel} elements was given a tensor of shape {tuple(flat.shape)}"
+            )
+        if shards is not None and (len(shards) != self.transport.size or sum(shards) != bucket.numel):
+            raise CompressionError(
+                f"shards {list(shards)} do not cover {bucket.numel} elements on {self.transport.size} ranks"
+            )
+        self._dense += flat.numel() * flat.element_size()
+        return self.engine.run(self._program(bucket, flat, shards, absent, scheme or self.scheme_of(bucket)))
+
+    def reduce(self, bucket: Bucket, flat: Tensor, shards: Sequence[int] | None = None) -> Tensor:
+        """`start` and wait."""
+        return self.start(bucket, flat, shards).result()
+
+    def progress(self) -> None:
+        """Advance what is ready, without blocking."""
+        self.engine.progress()
+
+    def drain(self) -> None:
+        """Finish all that was started."""
+        self.engine.drain()
+
+    def abort(self) -> None:
+        """Forget what is in flight, and what the step has changed, after an error or a rollback of the host."""
+        self.engine.abort()
+        self.drop()
+
+    def drop(self) -> None:
+        """The gradients of this step are thrown away, before any optimizer has seen them: as if they had not been."""
+        self._uses.clear()
+        self.state.rollback()
+
+    def end_step(self, skipped: bool = False) -> None:
+        """Call once after each optimizer step. A skipped one leaves no trace in memory and does not count."""
+        self._uses.clear()
+        self.engine.settle()
+        if skipped:
+            self.state.rollback()
+        else:
+            self.state.commit()
+            self.step += 1
+        if self.telemetry is not None:
+            self.telemetry.step(self._counters(skipped))
+        self._dense = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of the last step that is done. Plain dicts, numbers and tensors; loads with
+        `torch.load(..., weights_only=True)`. Differs on every rank.
+        """
+        return {"version": STATE_VERSION, "step": self.step, "size": self.transport.size, **self.state.state_dict()}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue, bit for bit, from `state_dict()` of the same rank; for another number of ranks use `reshard`
+        first.
+
+        Raises:
+            CompressionError: a state of another version.
+        """
+        if saved.get("version") != STATE_VERSION:
+            raise CompressionError(
+                f"compression state of version {saved.get('version')!r} is unknown; this package reads "
+                f"{STATE_VERSION}. Start without it: the residuals begin at zero"
+            )
+        self.abort()
+        self.step = int(saved["step"])
+        self.state.load_state_dict(saved)
+
+    def _program(
+        self, bucket: Bucket, flat: Tensor, shards: Sequence[int] | None, absent: frozenset[str], scheme: Scheme
+    ) -> Reduction:
+        """The life of one reduction: local direction, the scheme's own program, marks of zeros, and its end."""
+        use = self._uses[bucket.id] = self._uses.get(bucket.id, -1) + 1
+        if not bucket.numel:
+            return flat
+        absent |= self._zero_tensors(bucket, flat)
+        slots = CallSlots(self.state, bucket, bucket.role, absent)
+        call = Call(
+            transport=self.transport.scoped(f"{bucket.id:08x}"),
+            key=Key(self.config.seed, bucket.id, self.step, self.transport.rank, stream(Purpose.ENCODE, use)),
+            clock=Clock(self.step, use, self.step - self.config.warmup_steps),
+            segments=bucket.segments,
+            shards=shards,
+            state=slots,
+            role=bucket.role,
+            absent=absent,
+        )
+        try:
+            if scheme.local_direction is not None:
+                scheme.local_direction.apply(flat, finite(flat), call)
+            program = scheme.mean(flat, call) if shards is None else scheme.scatter_mean(flat, call)
+            if not scheme.says_zero:
+                program = marked(program, flat, call, call.residual() if scheme.memory else None)
+            return (yield from program)
+        finally:
+            slots.close()
+
+    def _zero_tensors(self, bucket: Bucket, flat: Tensor) -> frozenset[str]:
+        """Names of the segments that are zero everywhere."""
+        if not flat.is_cpu or bucket.scheme.host_dense:
+            return frozenset()
+        places = self._samples.get(bucket)
+        if places is None:
+            places = self._samples[bucket] = _sample_places(bucket)
+        live = flat[places].view(len(bucket.segments), -1).ne(0).any(1)
+        if live.all():
+            return frozenset()
+        parts = flat.split([segment.numel for segment in bucket.segments])
+        return frozenset(
+            segment.name
+            for segment, part, alive in zip(bucket.segments, parts, live.tolist())
+            if not alive and not part.any()
+        )
+
+    def _counters(self, skipped: bool) -> Counters:
+        size = self.transport.size
+        return Counters(
+            step=self.step,
+            sent=self.transport.sent,
+            dense=2 * self._dense * (size - 1) / size,
+            norm=self.state.norm,
+            state_bytes=self.state.nbytes(),
+            seconds=self.engine.seconds,
+            skipped=skipped,
+        )
+
+
+def _sample_places(bucket: Bucket) -> Tensor:
+    """int64 [segments * samples]: places spread over each segment."""
+    places, start = [], 0
+    steps = torch.arange(_SAMPLES, dtype=torch.float64)
+    for segment in bucket.segments:
+        places.append(start + (steps * max(0, segment.numel - 1) / (_SAMPLES - 1)).long())
+        start += segment.numel
+    return torch.cat(places)

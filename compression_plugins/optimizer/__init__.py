@@ -1,0 +1,1 @@
+"""What happens beside the reduction of gradients: local directions before it, hooks around the step."""

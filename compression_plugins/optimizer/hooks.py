@@ -1,0 +1,40 @@
+"""What happens around an optimizer's step, beside the reduction of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+
+class StepHook(Protocol):
+    """Quantized weights, local updates: something that acts on the parameters once per step, on every rank alike.
+
+    A host calls `before_forward` when ranks are about to compute gradients, `after_backward` when they have, and
+    `after_step` when the optimizer has stepped. In between parameters are the script's: whoever reads, saves or edits
+    them outside forward and backward sees exact ones.
+    """
+
+    def before_forward(self) -> None:
+        """Parameters become what gradients are computed at."""
+        ...
+
+    def after_backward(self) -> None:
+        """Parameters become exact again."""
+        ...
+
+    def after_step(self, step: int) -> None:
+        """Optimizer step number `step`, from 0, is done."""
+        ...
+
+    def exact(self) -> AbstractContextManager[None]:
+        """Inside, parameters are exact."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain dicts, numbers and tensors."""
+        ...
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Call after the parameters themselves are loaded; `{}` begins anew."""
+        ...
