@@ -1,0 +1,44 @@
+"""The scale of the loss, where `torch.amp.GradScaler` keeps it: residuals are kept in units of the unscaled loss."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .notice import warn
+
+_scalers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def watch() -> None:
+    """Notice the gradient scalers that a script makes from now on. Idempotent."""
+    cls = torch.amp.GradScaler
+    if hasattr(cls.__init__, "_noticed"):
+        return
+    original = cls.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        _scalers.add(self)
+
+    __init__._noticed = True  # type: ignore[attr-defined]
+    cls.__init__ = __init__  # type: ignore[method-assign]
+
+
+def current() -> Tensor | None:
+    """What the loss is multiplied by now, a scalar, or None: no scaler is in use, or nobody can know which one."""
+    scales = [scaler._scale for scaler in list(_scalers) if scaler.is_enabled() and scaler._scale is not None]
+    if len(scales) > 1:
+        _say_once()
+        return None
+    return scales[0] if scales else None
+
+
+@functools.cache
+def _say_once() -> None:
+    warn("several GradScalers are in use: residuals are in units of the scaled loss, and change with the scale")

@@ -1,0 +1,231 @@
+"""What every host's adapter has in common: one model's or optimizer's compressed reduction, from start-up to state."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .. import __version__
+from ..config import Config
+from ..errors import UnsupportedError
+from ..optimizer.hooks import StepHook
+from ..transports.base import Transport
+from . import loss_scale, patterns
+from .notice import announce
+from .plan import Plan, TensorSpec, make_plan
+from .preload import preload
+from .reducer import Reducer
+from .telemetry import Telemetry
+
+#: Sessions that reduce the same tensors are told apart by their number.
+_made: Counter[str] = Counter()
+
+
+@dataclass
+class _Tally:
+    """What a session has done, for the one line at its end."""
+
+    host: str
+    scheme: str
+    speaks: bool = False
+    ranks: str = ""
+    steps: int = 0
+    dense: float = 0.0
+    sent: float = 0.0
+    exposed_s: float = 0.0
+
+    def report(self) -> None:
+        if self.speaks and self.steps:
+            announce(
+                f"{self.host}: {self.scheme}, {self.steps} steps on {self.ranks}: "
+                f"{self.sent / self.steps / 1e6:.3f} MB sent per step and rank "
+                f"(dense {self.dense / self.steps / 1e6:.3f} MB, {self.dense / max(self.sent, 1):.1f}x), "
+                f"{1e3 * self.exposed_s / self.steps:.2f} ms of communication exposed per step"
+            )
+
+
+class Session:
+    """The compressed reduction of some named parameters on one rank.
+
+    A host's adapter says which parameters there are, opens the session when every rank is there to compare notes, hands
+    gradients to `reducer`, and tells when an optimizer step is over or its gradients were dropped.
+
+    Args:
+        host: its name, as messages begin.
+        config: what to do.
+        parameters: those whose gradients are reduced, by name, in registration order.
+        frozen: names of parameters that have no gradient yet; patterns may match them.
+        speaks: whether this rank is the one that prints.
+
+    Raises:
+        UnsupportedError: a parameter cannot be reduced.
+
+    Attributes:
+        name: of what it reduces, the same on every rank and unique in the process; it is not counted by how many others
+            were made.
+        plan: which tensor travels how.
+        hooks: what happens around the optimizer's step.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        config: Config,
+        parameters: Mapping[str, Tensor],
+        frozen: Sequence[str] = (),
+        speaks: bool = True,
+    ) -> None:
+        self.host, self.config, self.parameters = host, config, dict(parameters)
+        for name, p in self.parameters.items():
+            if not p.is_floating_point():
+                raise UnsupportedError(
+                    f"{host} compression: {name!r} is {p.dtype}; only real floating point is reduced"
+                )
+        loss_scale.watch()
+        patterns.note(config, [*self.parameters, *frozen], speaks)
+        self.plan = make_plan(config, self.specs(self.parameters))
+        digest = hashlib.sha256(json.dumps(list(self.specs(self.parameters))).encode()).hexdigest()[:12]
+        self.name = f"compression_plugins.{digest}.{_made[digest]}"
+        _made[digest] += 1
+        self.hooks: list[StepHook] = []
+        self._reducer: Reducer | None = None
+        self._telemetry: Telemetry | None = None
+        self._earlier = (0.0, 0.0)  # bytes and seconds of reducers before this one
+        self._tally = _Tally(host, config.scheme.name)
+        weakref.finalize(self, self._tally.report)  # at the end of the process, too
+
+    # -- start-up
+
+    @staticmethod
+    def specs(parameters: Mapping[str, Tensor]) -> list[TensorSpec]:
+        """What a plan needs to know of them."""
+        return [
+            TensorSpec(name, tuple(p.shape), str(p.dtype).removeprefix("torch."), str(p.device))
+            for name, p in parameters.items()
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """What all ranks must have in common, beside `tensors`; JSON-able."""
+        return {"version": __version__, "config": self.config.to_dict()}
+
+    def tensors(self) -> dict[str, Any]:
+        """What all ranks must have in common of each tensor; JSON-able. How parameters spread over devices shapes the
+        buckets; which devices these are does not.
+        """
+        devices: dict[str, int] = {}
+        return {
+            spec.name: [i, spec.dtype, list(spec.shape), devices.setdefault(spec.device, len(devices))]
+            for i, spec in enumerate(self.specs({row.name: self.parameters[row.name] for row in self.plan.rows}))
+        }
+
+    def preload(self, rank: int, size: int, sharded: bool = False) -> None:
+        """Compile and load what the first steps will run, before they do; refuse what cannot run on `size` ranks."""
+        self.config.check_ranks(size)
+        if size > 1:
+            preload(self.config, self.plan, rank, size, sharded)
+
+    def start(self, transport: Transport, hooks: bool = True) -> None:
+        """Make the reducer and, with `hooks`, those step hooks of the schemes that act on whole parameters."""
+        if self._telemetry is None:
+            self._telemetry = Telemetry.from_environment(transport.rank)
+        self._earlier = (self._tally.sent, self._tally.exposed_s)
+        self._reducer = Reducer(self.config, transport, self._telemetry)
+        self._tally.ranks = "1 rank" if transport.size == 1 else f"{transport.size} ranks"
+        self._tally.speaks = transport.rank == 0
+        if hooks:
+            self.hooks = self._hooks_of(self.plan)
+
+    def opened(self, where: str = "") -> None:
+        """All ranks agree; say what will happen.
+
+        Raises:
+            ConfigError: a rule or an exemption matches no tensor of any model in this process.
+        """
+        patterns.check(self.config)
+        if self._tally.speaks:
+            size = self.reducer.transport.size
+            announce(f"{self.host}: {self.config.scheme.name} on {self._tally.ranks}{where}, {self.plan.table(size)}")
+
+    def extend(self, parameters: Mapping[str, Tensor]) -> None:
+        """Parameters have appeared, on every rank alike: they were unfrozen, or added to the optimizer."""
+        self.parameters.update(parameters)
+        more = make_plan(self.config, self.specs(parameters))
+        self.plan = Plan(more.buckets + self.plan.buckets, self.plan.rows + more.rows)
+        self.hooks += self._hooks_of(more)
+        if self._tally.speaks:
+            announce(f"{self.host}: new parameters, {more.table(self.reducer.transport.size)}")
+
+    def _hooks_of(self, plan: Plan) -> list[StepHook]:
+        chosen: dict[Any, dict[str, Tensor]] = {}
+        for row in plan.rows:
+            chosen.setdefault(row.scheme, {})[row.name] = self.parameters[row.name]
+        made = [scheme.step_hook(named, self.config.seed) for scheme, named in chosen.items()]
+        return [hook for hook in made if hook is not None]
+
+    @property
+    def reducer(self) -> Reducer:
+        if self._reducer is None:
+            raise RuntimeError("no step has been reduced yet")
+        return self._reducer
+
+    @property
+    def started(self) -> bool:
+        return self._reducer is not None
+
+    # -- around the optimizer's step
+
+    def before_forward(self) -> None:
+        """Gradients are about to be computed."""
+        if self.started and not self.reducer.warming:
+            for hook in self.hooks:
+                hook.before_forward()
+
+    def after_backward(self) -> None:
+        """Gradients are computed, or the optimizer is about to step: parameters are exact again."""
+        for hook in self.hooks:
+            hook.after_backward()
+
+    def end_step(self, skipped: bool = False) -> None:
+        """The optimizer has stepped; or not, although it was asked to."""
+        reducer, step = self.reducer, self.reducer.step
+        dense = sum(bucket.dense_bytes(reducer.transport.size) for bucket in self.plan.buckets)
+        reducer.end_step(skipped)
+        if not skipped:
+            for hook in self.hooks:
+                hook.after_step(step)
+        self._tally.steps += 1
+        self._tally.dense += dense
+        self._tally.sent = self._earlier[0] + reducer.transport.sent
+        self._tally.exposed_s = self._earlier[1] + reducer.engine.seconds.exposed
+
+    def drop(self) -> None:
+        """The script has thrown this step's gradients away."""
+        self.reducer.drop()
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Inside, parameters are exact, whatever the model computes with."""
+        with ExitStack() as stack:
+            for hook in self.hooks:
+                stack.enter_context(hook.exact())
+            yield
+
+    # -- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's memory, as of the last step that is done. Plain dicts, numbers and tensors."""
+        return {**self.reducer.state_dict(), "hooks": [hook.state_dict() for hook in self.hooks]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict()` of this rank."""
+        self.reducer.load_state_dict(state)
+        for hook, saved in zip(self.hooks, state.get("hooks", []), strict=True):
+            hook.load_state_dict(saved)
