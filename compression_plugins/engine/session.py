@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import itertools
 import weakref
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -25,8 +24,8 @@ from .preload import preload
 from .reducer import Reducer
 from .telemetry import Telemetry
 
-#: Sessions that reduce the same tensors are told apart by their number.
-_made: Counter[str] = Counter()
+#: Numbers sessions in the order of their first use.
+_uses = itertools.count()
 
 
 @dataclass
@@ -69,8 +68,9 @@ class Session:
         UnsupportedError: a parameter cannot be reduced.
 
     Attributes:
-        name: of what it reduces, the same on every rank and unique in the process; it is not counted by how many others
-            were made.
+        name: unique in the process and the same on every rank, for sessions are first used in one order everywhere;
+            those that some rank makes and never uses do not count. Were names made of tensors, ranks whose tensors
+            differ would never meet to find out.
         plan: which tensor travels how.
         hooks: what happens around the optimizer's step.
     """
@@ -92,9 +92,6 @@ class Session:
         loss_scale.watch()
         patterns.note(config, [*self.parameters, *frozen], speaks)
         self.plan = make_plan(config, self.specs(self.parameters))
-        digest = hashlib.sha256(json.dumps(list(self.specs(self.parameters))).encode()).hexdigest()[:12]
-        self.name = f"compression_plugins.{digest}.{_made[digest]}"
-        _made[digest] += 1
         self.hooks: list[StepHook] = []
         self._reducer: Reducer | None = None
         self._telemetry: Telemetry | None = None
@@ -103,6 +100,10 @@ class Session:
         weakref.finalize(self, self._tally.report)  # at the end of the process, too
 
     # -- start-up
+
+    @cached_property
+    def name(self) -> str:
+        return f"compression_plugins.{next(_uses)}"
 
     @staticmethod
     def specs(parameters: Mapping[str, Tensor]) -> list[TensorSpec]:
