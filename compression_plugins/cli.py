@@ -58,10 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "schemes":
             print(schemes_markdown() if options.markdown else schemes_text())
         elif options.command == "rates":
-            from .rates import load_example, rules_yaml, scalecom_rates
+            from .advise.layer_ratios import load_example, rules_yaml, scalecom_ratios
 
             sys.path.insert(0, os.getcwd())  # as for `python -m`
-            print(rules_yaml(scalecom_rates(*load_example(options.example))))
+            print(rules_yaml(scalecom_ratios(*load_example(options.example))))
         else:
             print(
                 yaml.safe_dump(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compression_plugins.bench_timing import one_thread
+from compression_plugins.bench.timing import one_thread
 from compression_plugins.config import Config
 from compression_plugins.plan import Plan, TensorSpec, make_plan
 from compression_plugins.reducer import Reducer

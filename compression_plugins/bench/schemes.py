@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from . import registry
-from .bench_timing import machine, one_thread
-from .config import Config
-from .plan import Bucket, Segment
-from .reducer import Reducer
-from .transports.local import LocalWorld, drive
+from .. import registry
+from ..config import Config
+from ..plan import Bucket, Segment
+from ..reducer import Reducer
+from ..transports.local import LocalWorld, drive
+from .timing import machine, one_thread
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import CompressionError
+from ..errors import CompressionError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,19 +46,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _kernels(options: argparse.Namespace) -> None:
     import torch
 
-    from . import bench_kernels
+    from . import kernels
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    bench_kernels.run(device, options.numel, options.repeats, not options.no_compile, options.only, options.json)
+    kernels.run(device, options.numel, options.repeats, not options.no_compile, options.only, options.json)
 
 
 def _schemes(options: argparse.Namespace) -> None:
     import torch
 
-    from . import bench_schemes
+    from . import schemes
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    bench_schemes.run(device, options.schemes, options.numel, options.ranks, options.steps, options.json)
+    schemes.run(device, options.schemes, options.numel, options.ranks, options.steps, options.json)
 
 
 if __name__ == "__main__":

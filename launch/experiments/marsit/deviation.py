@@ -26,8 +26,8 @@ from compression_plugins.transports.local import LocalWorld, drive
 from launch.document import COLOURS, Table
 from launch.task import Digits, batches, load_digits
 
-from .fashion import load_fashion
-from .study import Study, drawing, spread
+from ..fashion import load_fashion
+from ..study import Study, drawing, spread
 
 DESCRIPTION = "Marsit: deviation of one-bit aggregates from the exact mean, against the number of workers"
 BATCH, WARM = 16, 100  # images a worker; steps of plain SGD before the gradients are taken

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from . import triton_kernels as K
-from .bench_timing import copy_rate, machine, median_seconds, one_thread
-from .errors import ConfigError, UnsupportedError
-from .triton_kernels import dispatch
+from .. import triton_kernels as K
+from ..errors import ConfigError, UnsupportedError
+from ..triton_kernels import dispatch
+from .timing import copy_rate, machine, median_seconds, one_thread
 
 BUCKET = 25 * 2**20 // 4  # one gradient bucket of 25 MiB
 NUMEL = {"cpu": BUCKET, "cuda": 2**26}  # larger than the caches, as gradients are
