@@ -1,1 +1,1 @@
-"""Bench of this package on this machine: kernels and schemes, `python -m compression_plugins.bench`."""
+"""Times of kernels and schemes on this machine: `compression-plugins bench kernels|schemes`."""
