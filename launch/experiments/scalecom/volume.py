@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
+from compression_plugins.bench.ranks import Ranks
 from compression_plugins.config import Config
-from compression_plugins.reducer import Reducer
-from compression_plugins.transports.local import LocalWorld, drive
 from launch.document import COLOURS, Table
 from launch.lab import netlab
 
@@ -65,11 +64,9 @@ def simulate(name: str, size: int) -> tuple[float, float]:
     """All ranks in this process: payload bits a value that one sends at a step, and places of the update over k."""
     config = Config.load(SCHEMES[name])
     whole = bucket(config, LOCAL)
-    reducers = [Reducer(config, transport) for transport in LocalWorld(size).transports]
-    jobs = [reducer.start(whole, gradient(LOCAL, rank)) for rank, reducer in enumerate(reducers)]
-    drive(jobs)
-    sent = mean(reducer.transport.sent for reducer in reducers)
-    return 8 * sent / LOCAL, int(torch.count_nonzero(jobs[0].result())) * RATIO / LOCAL
+    ranks = Ranks(config, size)
+    (result,) = ranks.average([whole], [[gradient(LOCAL, rank)] for rank in range(size)])
+    return 8 * mean(ranks.sent) / LOCAL, int(torch.count_nonzero(result)) * RATIO / LOCAL
 
 
 def measure(hosts: int, numel: int) -> dict[str, dict[str, float]]:
