@@ -17,7 +17,7 @@ from compression_plugins.advise.scale import TOPOLOGIES, Point, sweep
 from compression_plugins.advise.shapes import load
 from compression_plugins.advise.simulate import Machine
 from compression_plugins.advise.work import Codecs
-from compression_plugins.bench_timing import copy_rate
+from compression_plugins.bench.timing import copy_rate
 from compression_plugins.config import Config
 from launch.document import COLOURS, Table
 from launch.task import batches, load_digits, perceptron

@@ -229,7 +229,7 @@ def _allreduce_grad_async(original: Callable[..., Any]) -> Callable[..., Any]:
             p.grad = torch.zeros_like(p)
         if session.takes(p):
             return session.submit(p, absent), None
-        if not p.grad.is_sparse:
+        if p.grad is not None and not p.grad.is_sparse:
             p.grad = p.grad.to_sparse(1)
         return self._sparse_allreduce_grad_async(p, self._parameter_names[p])
 

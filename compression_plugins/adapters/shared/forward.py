@@ -41,7 +41,7 @@ def watch(session: Session, parameters: Iterable[Tensor]) -> None:
 
 def after_this_backward(session: Session) -> None:
     """Tell `session` when the backward pass that is running now is over. To be called from a gradient's hook."""
-    torch.autograd.Variable._execution_engine.queue_callback(session.after_backward)  # type: ignore[attr-defined]
+    torch.autograd.Variable._execution_engine.queue_callback(session.after_backward)
 
 
 def _becomes_exact(session: weakref.ref[Session]) -> Any:

@@ -27,15 +27,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from .config import Settings
-from .errors import ConfigError
+from ..config.config import Settings
+from ..errors import ConfigError
 
 #: Multiply-adds a weight and sample above which a ratio holds, at `SAMPLES` samples a worker.
 RATIOS = ((196.0, 25), (128.0, 50), (0.0, 400))
 SAMPLES = 32
 
 
-class Rate(NamedTuple):
+class LayerRatio(NamedTuple):
     """What one weight should do.
 
     Attributes:
@@ -62,7 +62,7 @@ def ratio_of(work: float) -> int:
     return next((ratio for above, ratio in RATIOS if work > above), RATIOS[-1][1])
 
 
-def scalecom_rates(model: nn.Module, example: Any) -> list[Rate]:
+def scalecom_ratios(model: nn.Module, example: Any) -> list[LayerRatio]:
     """Rates for the weights of `model`, found by one forward pass.
 
     Multiply-adds are counted where a matrix product or convolution uses a weight. With more samples a worker computes
@@ -100,7 +100,7 @@ def scalecom_rates(model: nn.Module, example: Any) -> list[Rate]:
     return [_rate(name, p.numel(), count) for name, p in weights.items()]
 
 
-def rules_yaml(rates: list[Rate]) -> str:
+def rules_yaml(rates: list[LayerRatio]) -> str:
     """The block `rules:` of a configuration, a comment a line."""
     lines = [f"  - {_flow(rate)}" for rate in rates]
     width = max(map(len, lines), default=0)
@@ -151,18 +151,18 @@ class _Count(TorchDispatchMode):
         return self._spans[place][2] if place >= 0 and address < self._spans[place][1] else None
 
 
-def _rate(name: str, numel: int, count: _Count) -> Rate:
+def _rate(name: str, numel: int, count: _Count) -> LayerRatio:
     work = count.products[name] / numel / SAMPLES
     if name == count.first_convolution:
-        return Rate(name, work, None, "first convolution")
+        return LayerRatio(name, work, None, "first convolution")
     if name in count.embeddings:
-        return Rate(name, work, None, "embedding")
+        return LayerRatio(name, work, None, "embedding")
     if not work:
-        return Rate(name, work, None, "no matrix product uses it")
-    return Rate(name, work, ratio_of(work), f"work {work:.4g}")
+        return LayerRatio(name, work, None, "no matrix product uses it")
+    return LayerRatio(name, work, ratio_of(work), f"work {work:.4g}")
 
 
-def _flow(rate: Rate) -> str:
+def _flow(rate: LayerRatio) -> str:
     """A rule as one line of YAML."""
     pairs = (f"{key}: {json.dumps(value) if key == 'match' else value}" for key, value in rate.rule.items())
     return "{" + ", ".join(pairs) + "}"

@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
-from . import triton_kernels as K
-from .bench_timing import copy_rate, machine, median_seconds, one_thread
-from .errors import ConfigError, UnsupportedError
-from .triton_kernels import dispatch
+from .. import triton_kernels as K
+from ..errors import ConfigError, UnsupportedError
+from ..triton_kernels import dispatch
+from .table import aligned
+from .timing import copy_rate, machine, median_seconds, one_thread
 
 BUCKET = 25 * 2**20 // 4  # one gradient bucket of 25 MiB
 NUMEL = {"cpu": BUCKET, "cuda": 2**26}  # larger than the caches, as gradients are
@@ -218,16 +219,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         numbers = (_number(row[name]) for name in ("ms", "ratio", "eager_ms", "compiled_ms", "packbits_ms"))
         cells.append((row["kernel"], row["setting"], f"{row['bytes'] / row['numel']:.3f}", *numbers))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         f"{about['machine']}, {about['date']}, {versions}",
         f"{about['numel']:,} fp32 elements, copy {rate / 1e9:.1f} GB/s{threads}",
         "",
     ]
-    for cell in cells:
-        left = [text.ljust(width) for text, width in zip(cell[:2], widths[:2], strict=True)]
-        right = [text.rjust(width) for text, width in zip(cell[2:], widths[2:], strict=True)]
-        lines.append("  ".join(left + right))
+    lines += aligned(cells, words=(0, 1))
     reasons = collections.Counter(row["compiled_skipped"] for row in rows if row["compiled_skipped"])
     return "\n".join(lines + [f"\nnot compiled ({count} rows): {reason}" for reason, count in reasons.items()])
 

@@ -21,7 +21,7 @@ from torch.utils.data import TensorDataset
 
 from compression_plugins.parameter_server.problem import Problem
 
-from .digits import digits, minimum
+from ..digits import digits, minimum
 
 FEATURES, DENSITY, POSITIVE = 20_958, 0.0025, 0.3
 #: Standard deviation of the logarithm by which a word is likelier in one class, chosen for classes nearly separable.

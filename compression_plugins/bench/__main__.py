@@ -1,4 +1,11 @@
-"""`python -m compression_plugins.bench`: measurements of this package on this machine."""
+"""Times of this package on this machine: of its kernels, or of its schemes.
+
+compression-plugins bench kernels --only 'sign_*'
+compression-plugins bench schemes --schemes scalecom qsgd
+
+`compression-plugins bench FILE.yaml` measures an experiment of real jobs; it needs the repository and has options of
+its own (`compression-plugins bench FILE.yaml --help`).
+"""
 
 from __future__ import annotations
 
@@ -7,12 +14,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import CompressionError
+from ..errors import CompressionError
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m compression_plugins.bench", description=__doc__)
-    commands = top.add_subparsers(dest="command", required=True)
+    top = argparse.ArgumentParser(
+        prog="compression-plugins bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = top.add_subparsers(dest="kernels, schemes or FILE.yaml", required=True)
     kernels = commands.add_parser("kernels", help="time of every kernel against the bytes it must move")
     kernels.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     kernels.add_argument("--numel", type=int, help="default: 6,553,600 (a 25 MiB bucket) on cpu, 2**26 on cuda")
@@ -33,12 +42,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; a mistake of the user prints one line and returns 2."""
+    """Also `python -m compression_plugins.bench`. A mistake of the user prints one line and returns 2."""
     options = parser().parse_args(argv)
     try:
         options.run(options)
     except CompressionError as error:
-        print(f"bench: {error}", file=sys.stderr)
+        print(f"compression-plugins bench: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -46,19 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _kernels(options: argparse.Namespace) -> None:
     import torch
 
-    from . import bench_kernels
+    from . import kernels
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    bench_kernels.run(device, options.numel, options.repeats, not options.no_compile, options.only, options.json)
+    kernels.run(device, options.numel, options.repeats, not options.no_compile, options.only, options.json)
 
 
 def _schemes(options: argparse.Namespace) -> None:
     import torch
 
-    from . import bench_schemes
+    from . import schemes
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    bench_schemes.run(device, options.schemes, options.numel, options.ranks, options.steps, options.json)
+    schemes.run(device, options.schemes, options.numel, options.ranks, options.steps, options.json)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 
+from compression_plugins.bench.ranks import Ranks
 from compression_plugins.config import Config
-from compression_plugins.engine.reducer import Reducer
-from compression_plugins.transports.local import LocalWorld, drive
-from launch import netlab
 from launch.document import COLOURS, Table
+from launch.lab import netlab
 
-from .study import Study, drawing
+from ..study import Study, drawing
 from .volume_worker import RATIO, SCHEMES, bucket, gradient
 
 DESCRIPTION = (
@@ -30,7 +29,7 @@ DESCRIPTION = (
 )
 #: Values of the gradient: in one process, where memory holds all ranks', and between hosts.
 LOCAL, WIRE, WIRE_QUICK = 1 << 18, 1 << 22, 1 << 20
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 _LIMIT_S = 240
 
 
@@ -65,18 +64,16 @@ def simulate(name: str, size: int) -> tuple[float, float]:
     """All ranks in this process: payload bits a value that one sends at a step, and places of the update over k."""
     config = Config.load(SCHEMES[name])
     whole = bucket(config, LOCAL)
-    reducers = [Reducer(config, transport) for transport in LocalWorld(size).transports]
-    jobs = [reducer.start(whole, gradient(LOCAL, rank)) for rank, reducer in enumerate(reducers)]
-    drive(jobs)
-    sent = mean(reducer.transport.sent for reducer in reducers)
-    return 8 * sent / LOCAL, int(torch.count_nonzero(jobs[0].result())) * RATIO / LOCAL
+    ranks = Ranks(config, size)
+    (result,) = ranks.average([whole], [[gradient(LOCAL, rank)] for rank in range(size)])
+    return 8 * mean(ranks.sent) / LOCAL, int(torch.count_nonzero(result)) * RATIO / LOCAL
 
 
 def measure(hosts: int, numel: int) -> dict[str, dict[str, float]]:
     """For every scheme, bits a value and step, the mean over ranks: payload, and sent and received by `eth0`."""
     with netlab.NetLab(hosts, rate=None, pin=False) as lab, tempfile.TemporaryDirectory() as folder:
         results = [Path(folder) / f"{rank}.json" for rank in range(hosts)]
-        command = [sys.executable, "-m", "launch.experiments.volume_worker"]
+        command = [sys.executable, "-m", "launch.experiments.scalecom.volume_worker"]
         commands = [
             [*command, str(rank), str(hosts), lab.addresses[0], str(numel), str(result)]
             for rank, result in enumerate(results)

@@ -42,7 +42,7 @@ def one_thread() -> Iterator[None]:
 
 def machine(device: torch.device) -> dict[str, str]:
     """Name of the device, date, and versions, for every published row."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return {"machine": name, "device": device.type, "date": now, "torch": torch.__version__} | {
         package: _version(package) for package in ("triton", "numba", "numpy")
@@ -62,7 +62,8 @@ def _timed(call: Callable[[], object], device: torch.device) -> float:
     return first.elapsed_time(last) / 1e3
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor, as its maker calls it."""
     info = pathlib.Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

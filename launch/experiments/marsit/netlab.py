@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from compression_plugins.errors import CompressionError
-from launch import netlab
 from launch.demo import Settings, config_of
 from launch.document import COLOURS, Table
-from launch.jobs import JobError, environment
+from launch.lab import netlab
+from launch.lab.jobs import JobError, environment
 from launch.results import Result, read_run
 
 RATE = "1gbit"

@@ -19,9 +19,9 @@ from compression_plugins.config import Config
 from launch.document import COLOURS, Table
 from launch.task import Digits, batches, load_digits
 
-from .fashion import load_fashion
-from .simulated import Cluster
-from .study import Study, drawing, spread
+from ..fashion import load_fashion
+from ..simulated import Cluster
+from ..study import Study, drawing, spread
 
 DESCRIPTION = "ScaleCom: cosine, Q-Q and index overlap of the workers' memories, with and without the filter"
 WORKERS, BATCH, RATIO = 8, 16, 100

@@ -15,20 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from compression_plugins import triton_kernels as K
+from compression_plugins.bench.ranks import Ranks
 from compression_plugins.config import Config
 from compression_plugins.core.call import Segment
 from compression_plugins.engine.plan import Bucket
-from compression_plugins.engine.reducer import Reducer
 from compression_plugins.schemes.base import Scheme
 from compression_plugins.schemes.cascading_ssdm import CascadingSSDM
 from compression_plugins.schemes.marsit import Marsit
 from compression_plugins.schemes.ssdm import SSDM
-from compression_plugins.transports.local import LocalWorld, drive
 from launch.document import COLOURS, Table
 from launch.task import Digits, batches, load_digits
 
-from .fashion import load_fashion
-from .study import Study, drawing, spread
+from ..fashion import load_fashion
+from ..study import Study, drawing, spread
 
 DESCRIPTION = "Marsit: deviation of one-bit aggregates from the exact mean, against the number of workers"
 BATCH, WARM = 16, 100  # images a worker; steps of plain SGD before the gradients are taken
@@ -140,14 +139,12 @@ def measure(method: str, scheme: Scheme, inputs: Tensor, draws: int, seed: int) 
     known = mean_gradient != 0
 
     bucket = Bucket(scheme, (Segment("gradient", 0, numel, (1, numel)),))
-    reducers = [Reducer(Config.load({"scheme": "none", "seed": seed}), t) for t in LocalWorld(size).transports]
+    ranks = Ranks(Config.load({"scheme": "none", "seed": seed}), size)
     squares, total, agreed, highest = 0.0, torch.zeros_like(target), 0.0, 0.0
     for draw in range(1, draws + 1):
-        for reducer in reducers:
+        for reducer in ranks.reducers:
             reducer.load_state_dict({"version": 1, "step": draw, "size": size, "residuals": {}, "tensors": {}})
-        jobs = [reducer.start(bucket, x.clone()) for reducer, x in zip(reducers, inputs)]
-        drive(jobs)
-        found = jobs[0].result().double()
+        found = ranks.average([bucket], [[x.clone()] for x in inputs])[0].double()
         highest = max(highest, size * float(found.abs().max()))
         squares += float((found - target).square().sum()) / draws
         total += (found - target) / draws

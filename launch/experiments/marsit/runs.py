@@ -18,8 +18,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from compression_plugins.config import Config
 from launch.task import Digits, batches, load_digits
 
-from .fashion import load_fashion
-from .simulated import Cluster
+from ..fashion import load_fashion
+from ..simulated import Cluster
 
 #: Weights of the network. It has no biases: they travel dense under every scheme, and would add 0.08 bits an element in
 #: a network this small.

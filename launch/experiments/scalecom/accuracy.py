@@ -18,9 +18,9 @@ import torch
 from compression_plugins.config import Config
 from launch.document import COLOURS, Table
 
-from .simulated import Cluster
-from .study import Study, drawing, spread
-from .tasks import DIGITS_CNN, FASHION_CNN, LSTM, TRANSFORMER, Task
+from ..simulated import Cluster
+from ..study import Study, drawing, spread
+from ..tasks import DIGITS_CNN, FASHION_CNN, LSTM, TRANSFORMER, Task
 
 DESCRIPTION = "accuracy against dense at 50 to 400 times: CNN, LSTM and transformer, four workers"
 NAME = "scalecom-accuracy"

@@ -15,9 +15,9 @@ from typing import Any
 from launch.document import COLOURS, Table
 from launch.results import Result
 
-from . import marsit_netlab as lab
-from .marsit_runs import GLOBAL_BATCH, MOMENTUM, NUMEL, Job, Run, best, bits_in_theory, train_all
-from .study import Study, drawing, spread
+from ..study import Study, drawing, spread
+from . import netlab as lab
+from .runs import GLOBAL_BATCH, MOMENTUM, NUMEL, Job, Run, best, bits_in_theory, train_all
 
 DESCRIPTION = "Marsit: accuracy and traffic for 8 to 32 workers, time to target at 1 Gb/s, beside PSGD and sign methods"
 PSGD, RING, TORUS, CASCADE = "PSGD", "Marsit, ring", "Marsit, torus", "cascading_ssdm"

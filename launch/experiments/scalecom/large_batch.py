@@ -24,9 +24,9 @@ from compression_plugins.config import Config
 from launch.document import COLOURS, Table
 from launch.task import Digits, batches, load_digits
 
-from .fashion import load_fashion
-from .simulated import Cluster
-from .study import Study, drawing, spread
+from ..fashion import load_fashion
+from ..simulated import Cluster
+from ..study import Study, drawing, spread
 
 DESCRIPTION = "large batches with a scaled learning rate: plain error feedback against the filter, n = 8, 32, 64"
 NAME = "scalecom-large-batch"

@@ -13,8 +13,8 @@ from typing import Any
 
 from launch.document import COLOURS, Table
 
-from .marsit_runs import GLOBAL_BATCH, NUMEL, Job, Run, best, bits_in_theory, train_all
-from .study import Study, drawing, spread
+from ..study import Study, drawing, spread
+from .runs import GLOBAL_BATCH, NUMEL, Job, Run, best, bits_in_theory, train_all
 
 DESCRIPTION = "Marsit: accuracy, loss and traffic against the steps between flushes (K), eta_s auto and constant"
 WORKERS, LR = 8, 0.4

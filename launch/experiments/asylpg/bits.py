@@ -20,8 +20,8 @@ from compression_plugins.parameter_server.simulate import Simulation
 from compression_plugins.parameter_server.worker import Worker
 from launch.document import COLOURS, Table
 
-from .digits import L2, digits, optimum, zero_softmax
-from .study import Study, drawing, spread
+from ..digits import L2, digits, optimum, zero_softmax
+from ..study import Study, drawing, spread
 
 DESCRIPTION = "bits until the loss is near the optimum, six algorithms, softmax regression on MNIST-5k"
 METHODS = ("asyfpg", "qsvrg", "asylpg", "sparse_asylpg", "acc_asyfpg", "acc_asylpg")

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network
 from pathlib import Path
 
-from launch.jobs import Job, tool
+from launch.lab.jobs import Job, tool
 
 _POOL = IPv4Network("10.88.0.0/16")
 _LOCK = Path(tempfile.gettempdir()) / "compression-netlab.lock"

@@ -16,13 +16,13 @@ from statistics import mean
 from typing import Any
 
 from compression_plugins.errors import CompressionError
-from launch import netlab
 from launch.document import Table
-from launch.jobs import JobError
-from launch.netlab import NetLab, NetLabError
+from launch.lab import netlab
+from launch.lab.jobs import JobError
+from launch.lab.netlab import NetLab, NetLabError
 
-from .asylpg_bits import COLOUR, times
-from .study import Study, drawing, spread
+from ..study import Study, drawing, spread
+from .bits import COLOUR, times
 
 DESCRIPTION = "real processes at 100 Mb/s and 1 Gb/s: loss against wall-clock, computing, coding and transmission"
 METHODS = ("asyfpg", "qsvrg", "asylpg", "sparse_asylpg", "acc_asylpg")
@@ -67,7 +67,7 @@ def _job(out: Path, rate: str, settings: Mapping[str, Any]) -> list[dict[str, An
         with NetLab(1 + WORKERS, rate) as lab:
             common = ["--address", lab.addresses[0], "--token", str(secret), "--settings", json.dumps(settings)]
             common += ["--methods", *METHODS]
-            module = [sys.executable, "-m", "launch.experiments.asylpg_netlab_host"]
+            module = [sys.executable, "-m", "launch.experiments.asylpg.netlab_host"]
             commands = [[*module, *common, "--out", str(file)] for file in files]
             for rank in range(WORKERS):
                 commands[1 + rank] += ["--rank", str(rank)]

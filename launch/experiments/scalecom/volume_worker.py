@@ -1,6 +1,6 @@
 """One rank of `scalecom-volume`: reduces one bucket under every scheme and reads its own network interface.
 
-python -m launch.experiments.volume_worker RANK SIZE ADDRESS NUMEL RESULT.json
+python -m launch.experiments.scalecom.volume_worker RANK SIZE ADDRESS NUMEL RESULT.json
 """
 
 from __future__ import annotations

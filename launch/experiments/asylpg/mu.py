@@ -16,9 +16,9 @@ from torch import nn
 from compression_plugins.parameter_server.problem import Problem
 from launch.document import Table
 
-from .asylpg_bits import SETTINGS, Run, measure
-from .digits import digits, optimum, zero_softmax
-from .study import Study, drawing, spread
+from ..digits import digits, optimum, zero_softmax
+from ..study import Study, drawing, spread
+from .bits import SETTINGS, Run, measure
 
 DESCRIPTION = "AsyLPG: mean b_x, bits and epochs against mu, softmax regression on MNIST-5k"
 MUS = (0.01, 0.1, 0.5, 1.0, 5.0, 20.0)

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from .bench_timing import machine, one_thread
-from .config import Config
-from .engine.plan import Bucket, Segment
-from .engine.reducer import Reducer
-from .schemes import registry
-from .transports.local import LocalWorld, drive
+from ..config import Config
+from ..engine.plan import Bucket, Segment
+from ..schemes import registry
+from .ranks import Ranks
+from .table import aligned
+from .timing import machine, one_thread
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,7 @@ def table(rows: list[SchemeRow]) -> str:
             row.state_bytes_per_value,
         )
         lines.append([row.scheme, *(f"{number:.3g}" for number in numbers)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(f"{cell:>{w}}" if i else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(line, widths)))
-        for line in lines
-    )
+    return "\n".join(aligned(lines))
 
 
 def run(device: str, names: list[str] | None, numel: int, ranks: int, steps: int, json_file: Path | None) -> None:
@@ -84,29 +80,25 @@ def run(device: str, names: list[str] | None, numel: int, ranks: int, steps: int
 def _measure(name: str, numel: int, ranks: int, steps: int, device: str) -> dict:
     side = max(1, int(numel**0.5))
     bucket = Bucket(registry.get(name)(), (Segment("weight", 0, side * side, (side, side)),), device)
-    world = LocalWorld(ranks)
-    reducers = [Reducer(Config.load({"scheme": name}), transport) for transport in world.transports]
+    world = Ranks(Config.load({"scheme": name}), ranks)
     generator = torch.Generator().manual_seed(0)
     shared = torch.randn(bucket.numel, generator=generator)
     gradients = [(shared + torch.randn(bucket.numel, generator=generator)).to(device) for _ in range(ranks)]
     target = torch.stack(gradients).mean(0)
     times, errors, total = [], [], torch.zeros_like(target)
     for step in range(steps + 1):
-        inputs = [g.clone() for g in gradients]
+        inputs = [[g.clone()] for g in gradients]
         _synchronize(device)
         started = time.perf_counter()
-        jobs = [reducer.start(bucket, x) for reducer, x in zip(reducers, inputs)]
-        drive(jobs)
+        (result,) = world.average([bucket], inputs)
         _synchronize(device)
         elapsed = time.perf_counter() - started
-        result = jobs[0].result()
-        for reducer in reducers:
-            reducer.end_step()
+        world.end_step()
         if step:  # the first one compiles
             times.append(elapsed / ranks * 1e3)
             errors.append(_relative(result, target))
             total += result / steps
-    bits = bucket.scheme.wire_bits(bucket.segments, ranks) / bucket.numel
+    bits = 8 * bucket.wire_bytes(ranks) / bucket.numel
     dense = 64 * (ranks - 1) / ranks
     return {
         "scheme": name,
@@ -116,7 +108,7 @@ def _measure(name: str, numel: int, ranks: int, steps: int, device: str) -> dict
         "milliseconds": statistics.median(times),
         "vnmse": statistics.mean(errors),
         "bias": _relative(total, target),
-        "state_bytes_per_value": reducers[0].state.nbytes() / bucket.numel,
+        "state_bytes_per_value": world.reducers[0].state.nbytes() / bucket.numel,
     }
 
 

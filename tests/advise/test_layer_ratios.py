@@ -12,10 +12,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from compression_plugins.advise.layer_ratios import LayerRatio, ratio_of, rules_yaml, scalecom_ratios
 from compression_plugins.config import Config
 from compression_plugins.engine.plan import TensorSpec, make_plan
 from compression_plugins.errors import ConfigError
-from compression_plugins.rates import Rate, ratio_of, rules_yaml, scalecom_rates
 
 
 class Everything(nn.Module):
@@ -39,8 +39,8 @@ class Everything(nn.Module):
         return self.head(x.mean(2))
 
 
-def rates(model: nn.Module, batch: object) -> dict[str, Rate]:
-    return {rate.name: rate for rate in scalecom_rates(model, batch)}
+def rates(model: nn.Module, batch: object) -> dict[str, LayerRatio]:
+    return {rate.name: rate for rate in scalecom_ratios(model, batch)}
 
 
 def test_work_is_multiply_adds_a_weight_and_sample_for_every_kind_of_layer() -> None:
@@ -81,7 +81,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_the_printed_rules_make_a_plan_that_follows_them() -> None:
     model = Everything()
-    found = scalecom_rates(model, {"tokens": torch.zeros(32, 12, dtype=torch.long)})
+    found = scalecom_ratios(model, {"tokens": torch.zeros(32, 12, dtype=torch.long)})
     config = Config.load({"scheme": "scalecom", "beta": 0.5, **yaml.safe_load(rules_yaml(found))})
     specs = [TensorSpec(n, tuple(p.shape), "float32") for n, p in model.named_parameters() if p.requires_grad]
     rows = {row.name: row.scheme for row in make_plan(config, specs).rows}
@@ -91,16 +91,16 @@ def test_the_printed_rules_make_a_plan_that_follows_them() -> None:
 
 
 def test_names_with_characters_of_patterns_match_themselves_only() -> None:
-    assert Rate("a[0].w*", 1.0, 400, "").rule["match"] == "a[[]0].w[*]"
+    assert LayerRatio("a[0].w*", 1.0, 400, "").rule["match"] == "a[[]0].w[*]"
 
 
 def test_a_model_that_fails_is_one_error_and_keeps_its_mode() -> None:
     model = Everything().train()
     with pytest.raises(ConfigError, match="rates: the forward pass failed: "):
-        scalecom_rates(model, torch.zeros(3))
+        scalecom_ratios(model, torch.zeros(3))
     assert model.training
     with pytest.raises(ConfigError, match="a torch.nn.Module, not of int"):
-        scalecom_rates(3, torch.zeros(3))  # type: ignore[arg-type]
+        scalecom_ratios(3, torch.zeros(3))  # type: ignore[arg-type]
 
 
 def test_the_command_prints_rules_and_refuses_in_one_line(tmp_path: Path) -> None:
