@@ -1,5 +1,7 @@
-"""Whatever a script does between backward and step, it gets what Horovod gives: steps that do not happen, are done twice
-or are scaled. `scripts/faults_steps.py` makes the cases; `stock` is Horovod's own compressor in the same script."""
+"""Whatever a script does between backward and step, it gets what Horovod gives: no step, two, a scaled one.
+
+`scripts/faults_steps.py` makes the cases; `stock` is Horovod's own compressor in the same script.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,7 @@ def test_warm_up_lasts_ten_optimizer_steps_of_stock(steps: list[dict[str, Any]],
 def test_a_loss_scaler_changes_nothing(steps: list[dict[str, Any]], scheme: str, course: str) -> None:
     found = same(steps, f"a_loss_scaler_changes_nothing[{scheme}]")[course]
     distance, least, most, moved = found
-    assert most >= 2**15 and least <= 2**11 and moved > 0, "the scale moved, and so did the weights"
+    assert most >= 4 * least and moved > 0, "the scale moved, and so did the weights"
     assert distance <= 1e-5
 
 

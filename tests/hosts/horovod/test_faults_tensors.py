@@ -135,7 +135,7 @@ def test_stock_refuses_bf16_and_channels_last(two: Ranks) -> None:
 # ---------------------------------------------------------------- who holds the exact weights
 
 
-@pytest.mark.parametrize("edit", ["zero_row", "mask", "clamp", "load"])
+@pytest.mark.parametrize("edit", ["zero_row", "one_value", "mask", "clamp", "load"])
 @pytest.mark.parametrize("scheme", WEIGHTS)
 def test_an_edit_of_the_weights_stays_to_the_last_bit(two: Ranks, scheme: str, edit: str) -> None:
     assert same(two, f"an_edit_after_the_step_stays[{scheme}]")[edit] == 0.0

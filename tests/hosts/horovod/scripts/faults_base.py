@@ -113,9 +113,14 @@ def bits(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
+def gap(a: Tensor, b: Tensor) -> float:
+    """Largest difference of two elements: 0.0 for equal tensors only, infinite where one is not a number."""
+    return float((a.detach().double() - b.detach().double()).abs().nan_to_num(nan=float("inf")).max())
+
+
 def changed(before: list[Tensor], model: nn.Module) -> float:
     """Largest difference of a parameter to what it was."""
-    return max(float((a.double() - b.detach().double()).abs().max()) for a, b in zip(before, model.parameters()))
+    return max(gap(a, b) for a, b in zip(before, model.parameters()))
 
 
 def distance(a: nn.Module, b: nn.Module) -> float:

@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 import torch
-from faults_base import STOCK, R, batch, case, chosen, distance, everything, mean_over_ranks, net, train, wrap
+from faults_base import STOCK, R, batch, case, chosen, distance, everything, gap, mean_over_ranks, net, train, wrap
 from torch import Tensor, nn
 
 from compression_plugins.adapters.horovod import Compression
@@ -28,7 +28,7 @@ def gradients_are_tensors_of_their_own(scheme: str) -> dict[str, Any]:
         saved.append(file.tell() - p.numel() * p.element_size())
         storages.append(p.grad.untyped_storage().nbytes() / (p.numel() * p.element_size()))
     train(model, opt, range(1, 4))
-    held = [float((old - copy).abs().max()) for old, copy in zip(kept, copies)]
+    held = [gap(old, copy) for old, copy in zip(kept, copies)]
     model.zero_grad(set_to_none=False)  # the user's own way: gradients are zeroed in place
     zeroed = [float(p.grad.abs().max()) for p in model.parameters()]
     return {"kept": max(held), "saved": max(saved), "storage": storages, "zeroed": max(zeroed)}
@@ -48,7 +48,7 @@ def gradients_are_averaged_in_place(scheme: str) -> dict[str, Any]:
         opt.synchronize()
         for p, old, view in zip(model.parameters(), before, views):
             found["same tensor"] &= p.grad is old
-            found["view"] = max(found["view"], float((view - p.grad.view(-1)).abs().max()))
+            found["view"] = max(found["view"], gap(view, p.grad.view(-1)))
         with opt.skip_synchronize():
             opt.step()
     return found
@@ -71,7 +71,7 @@ def gradients_may_lie_in_a_buffer_of_the_user(scheme: str) -> list[float]:
         model(batch(step)).square().mean().backward()
         opt.step()
         now = torch.cat([p.grad.view(-1) for p in model.parameters()])
-        worst = max(worst, float((flat - now).abs().max()))
+        worst = max(worst, gap(flat, now))
     train(dense, wrap(dense, STOCK), 3)
     return [worst, distance(model, dense)]
 
