@@ -17,6 +17,7 @@ from faults_base import (
     chosen,
     distance,
     everything,
+    gap,
     identical,
     rate,
     wrap,
@@ -162,13 +163,9 @@ def zeros_stay(scheme: str, width: int, steps: int) -> dict[str, list[float]]:
             rows = torch.randint(0, 100, (12,), generator=torch.Generator().manual_seed(1000 * R + step))
             model(rows).square().mean().backward()
             opt.step()
-        moved = (model.table.weight.detach() - table).abs().amax(1)
-        found[kind] = [
-            float(moved[100:].max()),
-            float(moved[0]),
-            changed(layer, model.never),
-            float(moved[1:100].min()),
-        ]
+        now = model.table.weight.detach()
+        never_used, padding, used = (gap(now[rows], table[rows]) for rows in (slice(100, None), 0, slice(1, 100)))
+        found[kind] = [never_used, padding, changed(layer, model.never), used]
     return found
 
 

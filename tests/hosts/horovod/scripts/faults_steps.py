@@ -253,7 +253,7 @@ def scaled(compression: Any, scaler: Any, bad: tuple[int, ...], steps: int = 16)
     return model, scales
 
 
-@case("stock", "topk", "ef_signsgd", "scalecom", "powersgd")
+@case("stock", "topk", "ef_signsgd", "scalecom")
 def a_loss_scaler_changes_nothing(scheme: str) -> dict[str, Any]:
     """Scales are powers of two, so the trajectory is the same to rounding."""
     found: dict[str, Any] = {}
