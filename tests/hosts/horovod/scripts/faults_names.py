@@ -46,7 +46,8 @@ def a_pattern_without_a_match(key: str) -> dict[str, Any]:
     compression = Compression.load({"scheme": "topk", "min_numel": 0, **patterns})
     with said() as lines:
         opt = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), compression=compression)
-    return {"warnings": sum(pattern in line for line in lines), "error": one_step(model, opt)}
+        error = one_step(model, opt)
+    return {"warnings": sum(pattern in line for line in lines), "error": error}
 
 
 @case("exempt", "rules")
