@@ -133,16 +133,18 @@ class Session:
         if size > 1:
             preload(self.config, self.plan, rank, size, sharded)
 
-    def start(self, transport: Transport, hooks: bool = True) -> None:
-        """Make the reducer and, with `hooks`, those step hooks of the schemes that act on whole parameters."""
+    def start(self, transport: Transport) -> None:
+        """Make the reducer."""
         if self._telemetry is None:
             self._telemetry = Telemetry.from_environment(transport.rank)
         self._earlier = (self._tally.sent, self._tally.exposed_s)
         self._reducer = Reducer(self.config, transport, self._telemetry)
         self._tally.ranks = "1 rank" if transport.size == 1 else f"{transport.size} ranks"
         self._tally.speaks = transport.rank == 0
-        if hooks:
-            self.hooks = self._hooks_of(self.plan)
+
+    def make_hooks(self) -> None:
+        """Make the step hooks of the schemes, for a host whose ranks hold whole parameters."""
+        self.hooks = self._hooks_of(self.plan)
 
     def opened(self, where: str = "") -> None:
         """All ranks agree; say what will happen.
@@ -160,7 +162,8 @@ class Session:
         self.parameters.update(parameters)
         more = make_plan(self.config, self.specs(parameters))
         self.plan = Plan(more.buckets + self.plan.buckets, self.plan.rows + more.rows)
-        self.hooks += self._hooks_of(more)
+        if self.hooks:
+            self.hooks += self._hooks_of(more)
         if self._tally.speaks:
             announce(f"{self.host}: new parameters, {more.table(self.reducer.transport.size)}")
 
@@ -185,9 +188,8 @@ class Session:
 
     def before_forward(self) -> None:
         """Gradients are about to be computed."""
-        if self.started and not self.reducer.warming:
-            for hook in self.hooks:
-                hook.before_forward()
+        for hook in self.hooks:
+            hook.before_forward()
 
     def after_backward(self) -> None:
         """Gradients are computed, or the optimizer is about to step: parameters are exact again."""
@@ -198,8 +200,9 @@ class Session:
         """The optimizer has stepped; or not, although it was asked to."""
         reducer, step = self.reducer, self.reducer.step
         dense = sum(bucket.dense_bytes(reducer.transport.size) for bucket in self.plan.buckets)
+        warming = reducer.warming
         reducer.end_step(skipped)
-        if not skipped:
+        if not skipped and not warming:
             for hook in self.hooks:
                 hook.after_step(step)
         self._tally.steps += 1
@@ -228,5 +231,10 @@ class Session:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict()` of this rank."""
         self.reducer.load_state_dict(state)
-        for hook, saved in zip(self.hooks, state.get("hooks", []), strict=True):
-            hook.load_state_dict(saved)
+        self.load_hooks(state)
+
+    def load_hooks(self, state: Mapping[str, Any]) -> None:
+        """The step hooks' part of it; call after the parameters are loaded."""
+        saved = state.get("hooks", [])
+        for hook, own in zip(self.hooks, saved if len(saved) == len(self.hooks) else [{}] * len(self.hooks)):
+            hook.load_state_dict(own)

@@ -54,14 +54,15 @@ class HorovodSession(Session):
         frozen = [name for p, name in names.items() if p not in self._names]
         speaks = not self.included or self.process_set.rank() == 0
         super().__init__("horovod", config, {name: p for p, name in self._names.items()}, frozen, speaks)
+        self._watched = False
         if self.included:
             self.preload(self.process_set.rank(), self.process_set.size())
+            self._ensure_hooks()
         self._sparse: set[Tensor] = set()
         self._loaded: dict[str, Any] = {}  # a state that came before there was a reducer
         self._world = (-1, -1)  # rank and size with which the memory was built
         self._horovod_run: object = None
         self._fillings: Fillings | None = None
-        self._watched = False
         self._early: list[tuple[Tensor, bool]] = []  # gradients that came before the session was open
         self._given: dict[Tensor, Tensor] = {}  # what becomes the average: the gradient itself, or it made dense
         self._collected = False
@@ -178,9 +179,7 @@ class HorovodSession(Session):
             self.reducer.step = step
         transport = self.reducer.transport
         self._fillings = Fillings(self.plan, self.reducer, transport.size if self._op == mpi_ops.Sum else 1)
-        if self.hooks and not self._watched:
-            forward.watch(self, self.parameters.values())
-            self._watched = True
+        self._ensure_hooks()
         self._horovod_run, self._loaded = mpi_ops._handle_map, {}
         self._world = (transport.rank, transport.size)
         self.opened()
@@ -188,10 +187,17 @@ class HorovodSession(Session):
             self._fill(p, absent)
 
     def _restart(self, state: dict[str, Any]) -> None:
-        size = self.process_set.size()
-        self.start(HorovodTransport(f"{self.name}.{self.process_set.process_set_id}", self.process_set), size > 1)
+        self.start(HorovodTransport(f"{self.name}.{self.process_set.process_set_id}", self.process_set))
         if state:
-            super().load_state_dict(state)
+            self.reducer.load_state_dict(state)
+
+    def _ensure_hooks(self) -> None:
+        """One rank sends nothing, so it changes nothing."""
+        if self.process_set.size() > 1 and not self.hooks:
+            self.make_hooks()
+        if self.hooks and not self._watched:
+            forward.watch(self, self.parameters.values())
+            self._watched = True
 
     def _agree(self) -> tuple[bool, int]:
         """Compare all that must be equal. Do the memories belong to these ranks, and what step is it?"""
@@ -224,7 +230,8 @@ class HorovodSession(Session):
         if self.started and state:
             super().load_state_dict(state)
         else:
-            self._reducer, self._loaded, self.hooks, self._horovod_run = None, dict(state), [], None
+            self._reducer, self._loaded, self._horovod_run = None, dict(state), None
+            self.load_hooks(state)
 
     # -- hvd.join()
 
@@ -235,7 +242,7 @@ class HorovodSession(Session):
             UnsupportedError: a bucket needs more than sums, and would crash Horovod's communication thread.
         """
         for bucket in self.plan.buckets:
-            if not bucket.scheme.sums_only:
+            if not bucket.scheme.sums_only or bucket.dtype == "bfloat16":
                 able = ", ".join(name for name in registry.names() if registry.get(name).sums_only)
                 raise UnsupportedError(
                     f"horovod compression: after hvd.join() a rank can only add zeros to sums; {bucket.scheme.name!r} "

@@ -329,7 +329,10 @@ def complex_parameters_are_refused() -> None:
 
 @check
 def a_rule_without_a_match_is_refused() -> None:
-    optimizer(net(), Compression.load({"scheme": "topk", "rules": [{"match": "embed*", "scheme": "qsgd"}]}))
+    model = net()
+    opt = optimizer(model, Compression.load({"scheme": "topk", "rules": [{"match": "embed*", "scheme": "qsgd"}]}))
+    backward(model, 0)
+    opt.step()
 
 
 @check
