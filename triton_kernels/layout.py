@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..errors import CompressionError
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 UNIFORM_BITS = (2, 4, 8, 16)
 CAST_BITS = {"bf16": 16, "fp16": 16, "fp8": 8}
@@ -45,6 +47,12 @@ class Memory(NamedTuple):
     @property
     def apart(self) -> bool:
         return self.updated is not self.residual
+
+
+def numel_of(numel: int) -> None:
+    """Refuses a number of elements that no vector has."""
+    if not 0 <= numel <= NUMEL_MAX:
+        raise CompressionError(f"numel must be from 0 to {NUMEL_MAX} (2**40), got {numel}")
 
 
 def words(numel: int, bits: int) -> int:

@@ -10,14 +10,9 @@ from torch import Tensor
 
 from ...errors import CompressionError
 from .. import layout
-from ..layout import FLOATS, NUMEL_MAX, SPAN_MAX, Memory
+from ..layout import FLOATS, NUMEL_MAX, SPAN_MAX, Memory, numel_of
 
 # --- settings ---
-
-
-def numel_of(numel: int) -> None:
-    if not 0 <= numel <= NUMEL_MAX:
-        raise CompressionError(f"numel must be from 0 to {NUMEL_MAX} (2**40), got {numel}")
 
 
 def block_of(block: int, numel: int) -> int:
