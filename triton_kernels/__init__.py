@@ -5,9 +5,9 @@
     K.sign_decode(payload, gradient.numel(), block=512, out=gradient)
 
 ``ops/`` holds each function once: its contract, its checks and its outputs. The arithmetic is a body of the same name
-in ``reference/``, ``cpu/`` and ``gpu/``, chosen by the device of the first tensor (``dispatch.py``); the three agree bit
-for bit wherever the arithmetic has no order. Importing this package imports nothing else: torch, Numba and Triton wait
-for the first use of a name.
+in ``reference/``, ``cpu/`` and ``gpu/``, chosen by the device of the first tensor (``dispatch.py``); the three agree
+bit for bit wherever the arithmetic has no order. Importing this package imports nothing else: torch, Numba and Triton
+wait for the first use of a name.
 
 Common to all: gradients are 1-D tensors of fp32, fp16 or bf16 of any length and stride, arithmetic is fp32, and an
 error-feedback memory is fused into every encoder (four numbers cover the published forms):
@@ -24,7 +24,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # names are made on first use; this is how editors and type checkers find them
-    from . import layout
+    from . import layout as layout
     from .ops.cast import *  # noqa: F403
     from .ops.chunk import *  # noqa: F403
     from .ops.fold import *  # noqa: F403
@@ -33,7 +33,8 @@ if TYPE_CHECKING:  # names are made on first use; this is how editors and type c
     from .ops.sign import *  # noqa: F403
     from .ops.stats import *  # noqa: F403
     from .ops.uniform import *  # noqa: F403
-    from .philox import Key, uniform16
+    from .philox import Key as Key
+    from .philox import uniform16 as uniform16
 
 _OTHERS = ("Key", "layout", "uniform16")
 

@@ -90,7 +90,9 @@ def test_every_code_of_fp8_decodes_to_its_value_and_those_of_nan_to_nan(implemen
     for scale in (1.0, 0.0, 3e-39, 1e30):
         payload = torch.cat([torch.full((1,), scale).view(torch.uint8), codes])
         checks.check_decode("cast", implementation, payload, 256, "fp8", 256)
-    values = checks.fast(implementation, "cast").cast_decode(payload.to(checks.device_of(implementation)), 256, "fp8", 256)
+    values = checks.fast(implementation, "cast").cast_decode(
+        payload.to(checks.device_of(implementation)), 256, "fp8", 256
+    )
     assert values.isnan().nonzero().view(-1).tolist() == [0x7F, 0xFF]
 
 

@@ -102,5 +102,7 @@ def test_a_block_longer_than_the_vector_is_one_of_its_length(implementation, blo
         assert torch.equal(long, whole)
         checks.assert_same_bits(decode(long, 1001, *settings, block), decode(whole, 1001, *settings, 1024).cpu())
     module = checks.fast(implementation, "chunk")
-    for ours, wanted in zip(module.chunk_select(x.to(device), block), module.chunk_select(x.to(device), 1001), strict=True):
+    for ours, wanted in zip(
+        module.chunk_select(x.to(device), block), module.chunk_select(x.to(device), 1001), strict=True
+    ):
         checks.assert_same_bits(ours, wanted.cpu())

@@ -6,7 +6,6 @@ Numba's own loop vectorises too, but four counters wide, and then waits for the 
 
 from __future__ import annotations
 
-import numpy as np
 from llvmlite import ir
 from numba import types, uint32, uintp
 from numba.core import cgutils

@@ -150,4 +150,3 @@ def divide(p, count, by):
 def add(p, q, count):
     for i in range(count):
         p[i] = p[i] + q[i]
-

@@ -103,7 +103,7 @@ def compensate(value, r, alpha, index, inside, MEMORY: tl.constexpr):
 
 @triton.jit
 def remember(updated, index, inside, finite, value, old, q, decay, sent, MEMORY: tl.constexpr):
-    """The new memory ``decay * r + x - sent * q`` where ``finite`` (for every element) holds; else the old one stays."""
+    """The new memory is ``decay * r + x - sent * q`` where ``finite`` holds, per element, and r elsewhere."""
     new = (decay * old + value) - sent * q
     if MEMORY == 2:
         tl.store(updated + index, tl.where(finite, new, old), mask=inside)

@@ -27,9 +27,7 @@ def block_of(block: int, numel: int) -> int:
 def chunk_of(chunk: int, numel: int) -> int:
     """The chunk to compute with, cut like a block."""
     if not 1 <= chunk <= SPAN_MAX:
-        raise CompressionError(
-            f"chunk must be at least 1 and at most {SPAN_MAX} (2**31 - 4096) elements, got {chunk}"
-        )
+        raise CompressionError(f"chunk must be at least 1 and at most {SPAN_MAX} (2**31 - 4096) elements, got {chunk}")
     return min(chunk, max(1, numel))
 
 
@@ -84,12 +82,7 @@ def vector(x: Tensor) -> int:
 
 def buffer(buffer: Tensor, like: Tensor, numel: int, name: str) -> None:
     """``buffer`` is written in place: fp32, contiguous, 1-D, ``numel`` long and on the device of ``like``."""
-    if (
-        buffer.dtype != torch.float32
-        or buffer.ndim != 1
-        or buffer.numel() != numel
-        or not buffer.is_contiguous()
-    ):
+    if buffer.dtype != torch.float32 or buffer.ndim != 1 or buffer.numel() != numel or not buffer.is_contiguous():
         raise CompressionError(
             f"{name} must be a contiguous 1-D fp32 tensor of {numel} elements, "
             f"got {buffer.dtype} of shape {tuple(buffer.shape)} and stride {buffer.stride()}"

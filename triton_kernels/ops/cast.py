@@ -26,9 +26,9 @@ def cast_encode(
 
     - ``bf16``, ``fp16``: no scales. NaN stays NaN (one canonical pattern), values out of range become Inf; an element
       whose decoded value is not finite keeps its memory.
-    - ``fp8``: e4m3 codes of ``p * (448 / max|p|)``, and the scale ``max|p| / 448`` per block. A block in which p has NaN
-      or Inf gets the scale NaN, zero codes, and keeps its memory; a block so small that 448 / max|p| overflows is sent
-      as zeros with scale 0.
+    - ``fp8``: e4m3 codes of ``p * (448 / max|p|)``, and the scale ``max|p| / 448`` per block. A block in which p has
+      NaN or Inf gets the scale NaN, zero codes, and keeps its memory; a block so small that 448 / max|p| overflows is
+      sent as zeros with scale 0.
 
     The format e4m3: Micikevicius et al., "FP8 formats for deep learning", 2022, arXiv 2209.05433.
 

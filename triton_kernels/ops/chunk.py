@@ -31,8 +31,8 @@ def chunk_select(
 ) -> tuple[Tensor, Tensor]:
     """Largest ``|p|`` of every chunk, ``p = x + alpha * residual``; ties go to the lowest index.
 
-    The new memory is ``decay * residual + x - sent * q`` in the same pass, where ``q`` is p at the chosen elements and 0
-    elsewhere. A chunk with a NaN or Inf in p has index 0 and value NaN, and keeps its memory.
+    The new memory is ``decay * residual + x - sent * q`` in the same pass, where ``q`` is p at the chosen elements and
+    0 elsewhere. A chunk with a NaN or Inf in p has index 0 and value NaN, and keeps its memory.
 
     Args:
         x: fp32, fp16 or bf16 [n], any stride.

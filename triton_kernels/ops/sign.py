@@ -25,8 +25,8 @@ def sign_encode(
     """Sign of ``p = x + alpha * residual``, with the mean of |p| over each block as its scale.
 
     Zero counts as positive. A block in which p has NaN or Inf gets the scale NaN and keeps its memory.
-    Karimireddy, Rebjock, Stich, Jaggi, "Error feedback fixes signSGD and other gradient compression schemes", ICML 2019,
-    arXiv 1901.09847.
+    Karimireddy, Rebjock, Stich, Jaggi, "Error feedback fixes signSGD and other gradient compression schemes",
+    ICML 2019, arXiv 1901.09847.
 
     Args:
         x: fp32, fp16 or bf16 [n], any stride.

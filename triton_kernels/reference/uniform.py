@@ -53,9 +53,7 @@ def uniform_decode(
     store(_decoded(payload, numel, bits, block), out, weight, accumulate)
 
 
-def uniform_reduce(
-    payloads: Tensor, numel: int, bits: int, block: int, key: Key | None, l2: bool, out: Tensor
-) -> None:
+def uniform_reduce(payloads: Tensor, numel: int, bits: int, block: int, key: Key | None, l2: bool, out: Tensor) -> None:
     average = mean_in_rank_order([_decoded(payload, numel, bits, block) for payload in payloads])
     uniform_encode(average, bits, block, key, l2, None, out)
 
