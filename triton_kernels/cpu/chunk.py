@@ -52,14 +52,9 @@ def _first(bits, top):
 
 
 @jit()
-def _remember(x, r, updated, decay, apart):
-    """Two loops, since one over two arrays that may be the same memory would not vectorise."""
-    if apart:
-        for i in range(x.size):
-            updated[i] = decay * r[i] + x[i]
-    else:
-        for i in range(x.size):
-            updated[i] = decay * updated[i] + x[i]
+def _remember(x, r, decay):
+    for i in range(x.size):
+        r[i] = decay * r[i] + x[i]
 
 
 @jit()
@@ -68,7 +63,7 @@ def _chunks(
 ):  # fmt: skip
     x, indices, values = floats(x_at, numel), signed32(indices_at, chunks), floats(values_at, chunks)
     memory, new, alpha, decay, sent = memory_of(numel, r_at, updated_at, alpha64, decay64, sent64)
-    remembers, apart = r_at != 0, r_at != updated_at
+    remembers = r_at != 0
     group = max(1, GROUP // chunk)
     buffer = np.empty(min(group * chunk, numel) if remembers else 0, np.float32)
     for first in range(0, chunks, group):
@@ -76,8 +71,10 @@ def _chunks(
         base = first * chunk
         g = x[base : min(last * chunk, numel)]
         p = g
-        r, u = memory[base : base + g.size], new[base : base + g.size]
+        r = new[base : base + g.size]
         if remembers:
+            if r_at != updated_at:
+                copy(memory, new, base, g.size)  # in the cache from here on, and updated in place
             p = buffer[: g.size]
             for i in range(g.size):
                 p[i] = g[i] + alpha * r[i]
@@ -100,15 +97,13 @@ def _chunks(
         if not remembers:
             continue
         if finite:
-            _remember(g, r, u, decay, apart)
+            _remember(g, r, decay)
         for c in range(first, last):
             start = c * chunk - base
             stop = min(start + chunk, g.size)
             if np.isnan(values[c]):
-                if apart:
-                    copy(r, u, start, stop - start)
                 continue
             if not finite:
-                _remember(g[start:stop], r[start:stop], u[start:stop], decay, apart)
+                _remember(g[start:stop], r[start:stop], decay)
             if 0 <= indices[c] < stop - start:
-                u[start + indices[c]] -= sent * values[c]
+                r[start + indices[c]] -= sent * values[c]

@@ -11,7 +11,7 @@ from ._arrays import floats, unsigned32
 from ._bits import sign_mask, spread_mask
 from ._jit import jit
 from ._philox import key_of
-from ._tile import TILE, load
+from ._tile import TILE, copy, load
 
 _EVERY_DRAW = 0, 65536
 
@@ -56,7 +56,7 @@ def _encode(
         count = min(TILE, numel - start)
         load(x, kind, start, count, p)
         if r_at:
-            _add_and_keep(p, r, updated, start, count)
+            _add_and_keep(p, r, updated, start, count, r_at != updated_at)
         if has_key:
             _philox.fill(random, (count + 7) // 8, start // 8, key)
             for i in range(uintp(count)):
@@ -70,12 +70,17 @@ def _encode(
 
 
 @jit()
-def _add_and_keep(p, r, updated, start, count):
+def _add_and_keep(p, r, updated, start, count, apart):
+    """Two loops, since one over two arrays that may be the same memory would not vectorise."""
     start = uintp(start)
-    for i in range(uintp(count)):
-        p[i] = p[i] + r[start + i]
-    for i in range(uintp(count)):
-        updated[start + i] = p[i]
+    if apart:
+        for i in range(uintp(count)):
+            p[i] = p[i] + r[start + i]
+            updated[start + i] = p[i]
+    else:
+        for i in range(uintp(count)):
+            p[i] = p[i] + updated[start + i]
+            updated[start + i] = p[i]
 
 
 @jit()
@@ -109,10 +114,8 @@ def _expand(bits, numel, result_at, eta64, r_at, updated_at):
             whole = start + count - count % 32
             spread_mask(words[whole // 32], eta, -eta, tail, 0)
             result[whole : start + count] = tail[: count % 32]
-        if r_at == updated_at:
-            if r_at:
-                for i in range(uintp(start), uintp(start + count)):
-                    updated[i] = updated[i] - result[i]
-        else:
+        if r_at != updated_at:
+            copy(r, updated, start, count)
+        if r_at:
             for i in range(uintp(start), uintp(start + count)):
-                updated[i] = r[i] - result[i]
+                updated[i] = updated[i] - result[i]
