@@ -74,6 +74,8 @@ def vector(x: Tensor) -> int:
     """Number of elements of ``x``: 1-D, of a dtype that the kernels read, any stride."""
     if x.ndim != 1 or x.dtype not in FLOATS:
         raise CompressionError(f"x must be 1-D fp32, fp16 or bf16, got {x.dtype} of shape {tuple(x.shape)}")
+    if x.is_neg():  # its memory holds the opposite of its values
+        raise CompressionError("x is a lazily negated view: pass x.resolve_neg()")
     numel = x.numel()
     if numel > NUMEL_MAX:
         raise CompressionError(f"x must have at most {NUMEL_MAX} (2**40) elements, got {numel}")
