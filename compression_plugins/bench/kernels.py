@@ -88,7 +88,6 @@ def _decoders(x: torch.Tensor, param: torch.Tensor, key: K.Key) -> Iterator[Case
     sign = K.sign_encode(x, BLOCK)
     yield Case("sign_decode", f"block {BLOCK}", dense + sign.nbytes, (sign, numel, BLOCK), into)
     yield Case("sign_reduce", f"{RANKS} ranks", (RANKS + 1) * sign.nbytes, (sign.repeat(RANKS, 1), numel, BLOCK))
-    yield Case("sign_apply", "SGD", 2 * dense + sign.nbytes, (sign, param, BLOCK, 1e-3))
     bits = K.sign_bits(x)
     yield Case("sign_draw", "global", 2 * dense + 4 + bits.nbytes, (x, key))  # x is read twice, first for its norm
     yield Case("sign_vote", f"{RANKS} ranks", (RANKS + 1) * bits.nbytes, (bits.repeat(RANKS, 1), numel))
@@ -100,7 +99,6 @@ def _decoders(x: torch.Tensor, param: torch.Tensor, key: K.Key) -> Iterator[Case
     yield Case("uniform_reduce", f"{width} bit, {RANKS} ranks", (RANKS + 1) * payload.nbytes, arguments)
     into_mean = RANKS * payload.nbytes + dense
     yield Case("uniform_average", f"{width} bit, {RANKS} ranks", into_mean, (arguments[0], numel, width, BLOCK), into)
-    yield Case("uniform_apply", f"{width} bit, SGD", 2 * dense + payload.nbytes, (payload, param, width, BLOCK, 1e-3))
     yield Case("uniform_round", "8 bit", 2 * dense, (x, 8, 4.0, key), into)
     for kind in ("bf16", "fp8"):
         payload = K.cast_encode(x, kind, BLOCK)
@@ -144,8 +142,7 @@ def measure(case: Case, numel: int, device: torch.device, repeats: int, compiled
 
     The copy is timed again beside every kernel, so that the ratio survives a machine whose speed drifts.
     """
-    family = dispatch.FAMILY_OF[case.kernel]
-    reference = getattr(dispatch.load("reference", family), case.kernel)
+    reference = _reference(case.kernel)
     slow = min(repeats, SLOW_REPEATS)
     seconds = median_seconds(case.bind(getattr(K, case.kernel)), device, repeats)
     rate = copy_rate(numel, device, repeats)
@@ -165,6 +162,16 @@ def measure(case: Case, numel: int, device: torch.device, repeats: int, compiled
         "compiled_skipped": skipped,
         "packbits_ms": 1e3 * median_seconds(case.packbits, device, slow) if case.packbits else None,
     }
+
+
+def _reference(kernel: str) -> Callable:
+    front = getattr(K, kernel)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with dispatch.running("reference"):
+            return front(*args, **kwargs)
+
+    return call
 
 
 def _compiled(case: Case, reference: Callable, device: torch.device, repeats: int) -> tuple[float | None, str | None]:
