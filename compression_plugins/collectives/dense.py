@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def dense_mean(call: Call, x: Tensor) -> Reduction:
     """All-reduce of the values themselves, in their own dtype, then the mean. Also the way of payloads that sum.
 
-    A transport that cannot sum bfloat16 exchanges the values as they are and sums in fp32: the exact mean, rounded once.
+    A transport that cannot sum bfloat16 exchanges the values as they are and sums in fp32: the exact mean,
+    rounded once.
     """
     if call.transport.sums(x.dtype):
         total = yield call.transport.all_reduce(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from .preload import preload
 from .reducer import Reducer
 from .telemetry import Telemetry
 
-#: Numbers sessions in the order of their first use.
-_uses = itertools.count()
+#: Numbers the sessions of a group of ranks in the order of their first use.
+_uses: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Session:
         parameters: those whose gradients are reduced, by name, in registration order.
         frozen: names of parameters that have no gradient yet; patterns may match them.
         speaks: whether this rank is the one that prints.
+        group: tells the ranks that take part from other groups of ranks in the same job.
 
     Raises:
         UnsupportedError: a parameter cannot be reduced.
@@ -82,7 +84,9 @@ class Session:
         parameters: Mapping[str, Tensor],
         frozen: Sequence[str] = (),
         speaks: bool = True,
+        group: str = "all",
     ) -> None:
+        self._group = group
         self.host, self.config, self.parameters = host, config, dict(parameters)
         for name, p in self.parameters.items():
             if not p.is_floating_point():
@@ -103,7 +107,7 @@ class Session:
 
     @cached_property
     def name(self) -> str:
-        return f"compression_plugins.{next(_uses)}"
+        return f"compression_plugins.{self._group}.{next(_uses[self._group])}"
 
     @staticmethod
     def specs(parameters: Mapping[str, Tensor]) -> list[TensorSpec]:

@@ -53,7 +53,8 @@ class HorovodSession(Session):
         self._names = {p: names[p] for p in groups if p.requires_grad}
         frozen = [name for p, name in names.items() if p not in self._names]
         speaks = not self.included or self.process_set.rank() == 0
-        super().__init__("horovod", config, {name: p for p, name in self._names.items()}, frozen, speaks)
+        named = {name: p for p, name in self._names.items()}
+        super().__init__("horovod", config, named, frozen, speaks, group=str(self.process_set.process_set_id))
         self._watched = False
         if self.included:
             self.preload(self.process_set.rank(), self.process_set.size())
@@ -187,7 +188,7 @@ class HorovodSession(Session):
             self._fill(p, absent)
 
     def _restart(self, state: dict[str, Any]) -> None:
-        self.start(HorovodTransport(f"{self.name}.{self.process_set.process_set_id}", self.process_set))
+        self.start(HorovodTransport(self.name, self.process_set))
         if state:
             self.reducer.load_state_dict(state)
 
