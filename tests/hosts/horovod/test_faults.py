@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from compression_plugins import registry
+from compression_plugins.schemes import registry
 
 from .faults import FAST, REMEMBER, same
 
