@@ -57,7 +57,7 @@ def from_shapes(
 
     Args:
         compute_ms: a whole step without communication; or
-        tflops, batch: sustained rate of the device, and samples a rank and step.
+        tflops, batch: sustained rate of the device, and samples per rank and step.
 
     Raises:
         ConfigError: neither is given, or a file of shapes has no FLOPs.
