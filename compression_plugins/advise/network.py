@@ -282,7 +282,7 @@ class Given:
         return own * max(outside, inside if g > 1 else 0.0)  # a ring crosses each link once
 
     def describe(self) -> list[str]:
-        text = f"network: {self.size} ranks, {rate_text(self.bandwidth)} and {1e6 * self.latency_s:g} us a message"
+        text = f"network: {self.size} ranks, {rate_text(self.bandwidth)} and {1e6 * self.latency_s:g} us per message"
         if self.per_node > 1:
             inside = "unlimited" if math.isinf(self.node_bandwidth) else rate_text(self.node_bandwidth)
             text += f" between {self.nodes} nodes of {self.per_node} ranks ({inside} inside)"

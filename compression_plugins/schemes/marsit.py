@@ -46,9 +46,9 @@ class Marsit(Scheme):
     the average. The paper's step `eta_s` is one constant; `auto` sets it per tensor at each flush to the ranks' mean
     |p|, which all ranks learn with the flush itself, because gradients of different layers differ in size by orders of
     magnitude. A tensor whose p was zero there, as everything before a layer that starts at zero, has no scale yet: it
-    is taken anew 1, 2, 4, 8, 16, 24, ... rounds after the flush, by an all-reduce of one mean per tensor. Rows of p that
-    are zero on every rank stay zero, which bits alone cannot say (`says_zero`). A rank whose gradient is not finite
-    raises a flag in the same message, and every rank's result is NaN.
+    is taken anew 1, 2, 4, 8, 16, 24, ... rounds after the flush, by an all-reduce of one mean per tensor. Rows of p
+    that are zero on every rank stay zero, which bits alone cannot say (`says_zero`). A rank whose gradient is not
+    finite raises a flag in the same message, and every rank's result is NaN.
     """
 
     name: ClassVar[str] = "marsit"
