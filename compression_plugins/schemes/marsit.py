@@ -39,8 +39,8 @@ class Marsit(Scheme):
     its own moments (4 or 8 more bytes per value) and the direction takes the gradient's place, for exempt tensors and
     warm-up steps too. The script's optimizer must then be plain SGD, `torch.optim.SGD(lr=...)`. With `flush_steps: 1`,
     momentum is SGD(momentum) on the averaged gradient, for momentum is linear; adam is the mean of the ranks' own Adam
-    directions, which is another method than Adam on the averaged gradient. Not together with a loss scaler that
-    unscales averaged gradients (`torch.amp.GradScaler`); DeepSpeed's fp16 is fine.
+    directions, which is another method than Adam on the averaged gradient. Moments are in units of the unscaled
+    loss, with one `torch.amp.GradScaler` and with DeepSpeed's fp16.
 
     Departures from the paper. The memory is in units of what is averaged: the optimizer applies its learning rate after
     the average. The paper's step `eta_s` is one constant; `auto` sets it per tensor at each flush to the ranks' mean
