@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from . import __version__
+from ._version import __version__
 from .config import Config, parse_assignments
 from .core.call import Segment
 from .errors import CompressionError
