@@ -35,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .adapters.horovod.launch import main as horovodrun
 
         return horovodrun(arguments[1:])
+    if arguments[:1] == ["torchrun"]:
+        from .adapters.ddp.launch import main as torchrun
+
+        return torchrun(arguments[1:])
     if arguments and arguments[0].startswith("--local_rank="):  # DeepSpeed's launcher puts it first
         del arguments[0]
     parser = argparse.ArgumentParser(
@@ -54,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (_, text) in COMMANDS.items():
         commands.add_parser(name, help=text)
     commands.add_parser("horovodrun", help="horovodrun with --compression, where the plain command cannot be extended")
+    commands.add_parser("torchrun", help="torchrun with --compression, for scripts of torch DDP")
     options = parser.parse_args(arguments)
     try:
         if options.command == "schemes":
