@@ -32,12 +32,14 @@ from ...engine.state import reshard
 from ...errors import CompressionError, UnsupportedError
 from ...transports.torch_distributed import TorchDistributed
 from ..shared.store_handshake import handshake
+from .model import hook_of, image, refuse, sparse
 
 _DROPS = 20  # reductions thrown away before any optimizer has stepped, until somebody is told
 _MICRO = 1 << 20  # more reductions than a step has
 
 _compressed: weakref.WeakKeyDictionary[Any, Compression] = weakref.WeakKeyDictionary()
 _opened: Counter[str] = Counter()
+_watching: list[Any] = []
 
 
 def attach(ddp: Any, config: Config, explicit: bool = False) -> None:
@@ -50,12 +52,11 @@ def attach(ddp: Any, config: Config, explicit: bool = False) -> None:
     Raises:
         CompressionError: the configuration does not fit the model, or DDP was built in a way that has no room for it.
     """
-    _refuse(ddp)
+    refuse(ddp)
     earlier = _compressed.get(ddp)
-    if explicit and ((earlier is not None and earlier.registered) or _hook_of(ddp)):
-        raise UnsupportedError(f"DDP compression: this model has a communication hook already, {_hook_of(ddp)!r}")
-    if not _compressed:
-        _watch_optimizers()
+    if explicit and ((earlier is not None and earlier.registered) or hook_of(ddp)):
+        raise UnsupportedError(f"DDP compression: this model has a communication hook already, {hook_of(ddp)!r}")
+    _watch_optimizers()
     _compressed[ddp] = compression = Compression(ddp, config)
     if earlier is None:
         ddp.register_forward_pre_hook(_before_forward)
@@ -105,8 +106,8 @@ class Compression:
             for name, p in ddp.module.named_parameters()
             if name not in ddp.parameters_to_ignore
         }
-        sparse = _sparse(ddp.module)
-        reduced = {name: p for name, p in named.items() if p.requires_grad and id(p) not in sparse}
+        sparse_ids = sparse(ddp.module)
+        reduced = {name: p for name, p in named.items() if p.requires_grad and id(p) not in sparse_ids}
         frozen = [name for name in named if name not in reduced]
         self.session = Session("DDP", config, reduced, frozen, speaks=self._rank == 0)
         self._names = {id(p): name for name, p in reduced.items()}
@@ -116,6 +117,7 @@ class Compression:
         self._waiting: list[tuple[torch.futures.Future[Tensor], Tensor]] = []
         self._reductions = 0  # since the last step
         self._drops = 0
+        self._shadow = False  # the last reduction was of a rank that has left
         self._backward: Any = None  # what notices the beginning of a backward pass
         self._loaded: Mapping[str, Any] = {}  # a state that came before the session had started
 
@@ -172,12 +174,13 @@ class Compression:
         joined = self._joined()
         if not self._given and self._joining():
             self._keep_time(joined)
+        self._shadow = joined
         device = buffer.device
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[device] if device.type != "cpu" else None)
         self._waiting.append((future, buffer))
         for name, p, gradient in zip(names, bucket.parameters(), bucket.gradients()):
             if name is not None:
-                self._fillings.give(name, _image(gradient, p, buffer), absent=joined or p.grad is None)
+                self._fillings.give(name, image(gradient, p, buffer), absent=joined or p.grad is None)
                 self._given.add(name)
             elif p.requires_grad:
                 raise UnsupportedError(
@@ -281,6 +284,9 @@ class Compression:
         """This rank's memory, as of the last step that is done; {} before the first."""
         if not self.session.started:
             return dict(self._loaded)
+        if self._shadow and self._reductions:  # the others have stepped, or join() would not be over
+            self.session.end_step()
+            self._reductions = 0
         return {**self.session.state_dict(), "rank": self._rank}
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
@@ -319,7 +325,7 @@ def _before_forward(module: Any, _: Any) -> None:
             warn("DDP: this is a copy of a compressed model, whose hook is not copied: it trains dense")
         return
     if not compression.registered:
-        if name := _hook_of(module):
+        if name := hook_of(module):
             announce(f"DDP: the script has registered a communication hook of its own, {name!r}, which stays")
             del _compressed[module]
             return
@@ -336,13 +342,9 @@ def _before_state_dict(module: Any, *_: Any) -> None:
 
 def _watch_optimizers() -> None:
     """By torch's public hooks, which last for the process; once."""
-    if _watching:
-        return
-    _watching.append(register_optimizer_step_pre_hook(_before_step))
-    _watching.append(register_optimizer_step_post_hook(_after_step))
-
-
-_watching: list[Any] = []
+    if not _watching:
+        _watching.append(register_optimizer_step_pre_hook(_before_step))
+        _watching.append(register_optimizer_step_post_hook(_after_step))
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -353,49 +355,3 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for compression in list(_compressed.values()):
         compression.stepped(optimizer)
-
-
-def _refuse(ddp: Any) -> None:
-    if not isinstance(ddp, DistributedDataParallel):
-        raise UnsupportedError(f"DDP compression: needs a DistributedDataParallel, not a {type(ddp).__name__}")
-    reasons = {
-        "mixed_precision= has a communication hook of its own; use torch.autocast": ddp.mixed_precision is not None,
-        "skip_all_reduce_unused_params= leaves buckets out; use find_unused_parameters=": getattr(
-            ddp, "skip_all_reduce_unused_params", False
-        ),
-        "the python_reducer of torch.compile calls no hook with buckets; use optimize_ddp = True": getattr(
-            ddp, "_use_python_reducer", False
-        ),
-        "an optimizer that runs in backward has a communication hook of its own; step it after backward": any(
-            hasattr(p, "_in_backward_optimizers") for p in ddp.module.parameters()
-        ),
-        "all parameters are in delay_all_reduce_named_params=, which DDP reduces without buckets": not hasattr(
-            ddp, "reducer"
-        ),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise UnsupportedError(f"DDP compression: {reason}")
-
-
-def _hook_of(ddp: Any) -> str:
-    """Name of the communication hook that is registered, built-in ones included; "" if there is none."""
-    return str(ddp._get_ddp_logging_data().get("comm_hook", ""))
-
-
-def _sparse(module: torch.nn.Module) -> set[int]:
-    """ids of parameters whose gradients are sparse."""
-    embeddings = (torch.nn.Embedding, torch.nn.EmbeddingBag)
-    return {id(m.weight) for m in module.modules() if isinstance(m, embeddings) and m.sparse}
-
-
-def _image(gradient: Tensor, p: Tensor, buffer: Tensor) -> Tensor:
-    """`gradient`, part of a bucket's buffer, with the strides of its parameter: DDP keeps the order of memory."""
-    if p.is_contiguous() or not _dense(p):
-        return gradient
-    return buffer.as_strided(p.shape, p.stride(), gradient.storage_offset())
-
-
-def _dense(p: Tensor) -> bool:
-    order = sorted(range(p.dim()), key=lambda i: (-p.stride(i), -p.shape[i]))
-    return p.permute(order).is_contiguous()

@@ -81,7 +81,8 @@ def _read(store: Store, key: str, seconds: float, rank: int) -> str:
         store.wait([key], timedelta(seconds=seconds))
     except Exception as error:  # torch raises DistStoreError, RuntimeError or a C++ time-out, depending on the store
         raise MismatchError(
-            f"rank {rank} did not answer within {seconds:g} s. Either compression-plugins is not installed there, it was "
-            f"not given this configuration, or it crashed: look at its log ({TIMEOUT_VARIABLE} sets the time-out)"
+            f"rank {rank} did not answer within {seconds:g} s. Either compression-plugins is not installed there, "
+            "it was not given this configuration, or it crashed: look at its log "
+            f"({TIMEOUT_VARIABLE} sets the time-out)"
         ) from error
     return store.get(key).decode()
