@@ -80,7 +80,7 @@ def install_adapter(host: str) -> None:
 class HostFinder:
     """Finds nothing itself: asks the finders behind it and adds the adapter to what they found.
 
-    Parts of torch are no business of it: they are imported before torch is complete, and `autoload` is called after that.
+    Parts of torch are no business of it: they come before torch is complete, and `autoload` is called when it is.
 
     Attributes:
         joined: hosts whose adapters are installed.

@@ -46,7 +46,9 @@ def test_the_environment_variable_under_the_stock_launcher():
 
 def test_a_rank_with_other_settings_stops_the_job_by_name():
     output = torchrun("start.py", "other settings", launcher=STOCK, environment=VARIABLE, status=None)
-    assert "MismatchError: DDP compression: rank 1 differs from rank 0 in config.ratio (10 on rank 0, 11 there)" in output
+    assert (
+        "MismatchError: DDP compression: rank 1 differs from rank 0 in config.ratio (10 on rank 0, 11 there)" in output
+    )
 
 
 def test_a_rank_without_the_plug_in_stops_the_job_by_name():

@@ -5,18 +5,18 @@ import os
 import sys
 import types
 
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+
 HOW = sys.argv[1]
 RANK = int(os.environ["RANK"])
 if HOW == "other settings" and RANK == 1:
     os.environ["COMPRESSION_PLUGINS_CONFIG"] = '{"scheme": "scalecom", "ratio": 11, "min_numel": 0}'
 if HOW == "without" and RANK == 1:
     del os.environ["COMPRESSION_PLUGINS_CONFIG"]
-
-import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.nn.parallel import DistributedDataParallel
 
 
 class Wrapper(DistributedDataParallel):
