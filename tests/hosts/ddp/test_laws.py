@@ -83,7 +83,7 @@ def test_a_step_is_what_an_optimizer_did(two, three):
     assert steps["plain"] == steps["no_sync"] == steps["synchronized micro-batches"] == {9}
     assert steps["dropped"] == steps["dropped, zeros"] == steps["dropped, bucket view"] == {6}
     assert steps["scaler"] == {8}  # the one with an infinite loss is as if it had not been
-    assert steps["join"] == steps["join, unused"] == {10} and {report["step"] for report in three["join"]} == {11}
+    assert steps["join"] == steps["join, unused"] == {12} and {report["step"] for report in three["join"]} == {15}
     assert {report["step"] for report in two["two_optimizers"]} == {6}
     assert two["two_optimizers"][0]["missing"] < 2e-5
 

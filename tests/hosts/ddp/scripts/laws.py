@@ -91,7 +91,7 @@ def train(
         compression.compress(ddp, config)
     books, optimizer = Books(ddp), torch.optim.SGD(ddp.parameters(), lr=1.0)
     scale = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3) if scaler else None
-    own = steps + (RANK if join else 0)
+    own = steps + (3 * RANK if join else 0)
     norms = []
     with ddp.join() if join else contextlib.nullcontext():
         for step in range(own):
