@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _PLACES = {
-    "Compression": ".adapters.horovod",
+    "Compression": ".horovod",
     "CompressionError": ".errors",
     "Config": ".config",
-    "Reducer": ".reducer",
-    "register": ".registry",
+    "Reducer": ".engine.reducer",
+    "register": ".schemes.registry",
 }
 __all__ = [*_PLACES, "__version__"]  # noqa: PLE0604
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 import yaml
 
@@ -17,20 +18,25 @@ from .core.call import Segment
 from .errors import CompressionError
 from .schemes import registry
 
-#: Commands with a parser of their own, imported when called.
+#: Entry points of this group are commands: modules with a docstring, `add_arguments(parser)` and `run(options)`, which
+#: returns the exit status.
+GROUP = "compression_plugins.commands"
+#: Commands with a parser of their own. The repository registers `report` and the experiments of `bench`; an install
+#: without it knows their names too, and says what is missing.
 COMMANDS = {
-    "advise": ("compression_plugins.advise.command", "which scheme pays on your network, and how much"),
-    "bench": (
-        "launch.bench.command",
-        "measure an experiment of schemes, models, ranks and rates; needs the repository",
-    ),
-    "report": ("launch.bench.report", "page and pictures of what `bench` has measured; needs the repository"),
+    "advise": "which scheme pays on your network, and how much",
+    "bench": "time kernels or schemes on this machine, or measure an experiment of real jobs (needs the repository)",
+    "report": "page and pictures of what `bench` has measured; needs the repository",
+    "horovodrun": "horovodrun with --compression, where the plain command cannot be extended",
+    "torchrun": "torchrun with --compression, for scripts of torch DDP",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status. A mistake of the user prints one line and returns 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0].startswith("--local_rank="):  # DeepSpeed's launcher puts it first
+        del arguments[0]
     if arguments[:1] == ["horovodrun"]:  # everything after it belongs to horovodrun's own parser
         from .adapters.horovod.launch import main as horovodrun
 
@@ -39,8 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .adapters.ddp.launch import main as torchrun
 
         return torchrun(arguments[1:])
-    if arguments and arguments[0].startswith("--local_rank="):  # DeepSpeed's launcher puts it first
-        del arguments[0]
     parser = argparse.ArgumentParser(
         prog="compression-plugins", description="Communication compression for Horovod and DeepSpeed."
     )
@@ -53,21 +57,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     show.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="replace a key")
     rates = commands.add_parser("rates", help="find a ratio for each layer of a model, for ScaleCom; prints YAML rules")
     rates.add_argument("example", metavar="MODULE:FUNCTION", help="returns (model, the batch of one worker)")
-    if arguments and arguments[0] in COMMANDS:
-        return _command(arguments[0], arguments[1:])
-    for name, (_, text) in COMMANDS.items():
-        commands.add_parser(name, help=text)
-    commands.add_parser("horovodrun", help="horovodrun with --compression, where the plain command cannot be extended")
-    commands.add_parser("torchrun", help="torchrun with --compression, for scripts of torch DDP")
+    registered = {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in commands.choices}
+    name, rest = (arguments[0] if arguments else None), arguments[1:]
+    if name == "advise":
+        from .advise import command
+
+        return _run(name, command, rest)
+    if name == "bench" and (not rest or rest[0] in ("kernels", "schemes", "-h", "--help")):
+        from .bench.__main__ import main as bench
+
+        return bench(rest)
+    if name in registered or name in COMMANDS:
+        return _registered(str(name), registered.get(name), rest)
+    others = {other: f"from {entry.value}" for other, entry in registered.items() if other not in COMMANDS}
+    for other, text in {**COMMANDS, **others}.items():
+        commands.add_parser(other, help=text)
     options = parser.parse_args(arguments)
     try:
         if options.command == "schemes":
             print(schemes_markdown() if options.markdown else schemes_text())
         elif options.command == "rates":
-            from .rates import load_example, rules_yaml, scalecom_rates
+            from .advise.layer_ratios import load_example, rules_yaml, scalecom_ratios
 
             sys.path.insert(0, os.getcwd())  # as for `python -m`
-            print(rules_yaml(scalecom_rates(*load_example(options.example))))
+            print(rules_yaml(scalecom_ratios(*load_example(options.example))))
         else:
             print(
                 yaml.safe_dump(
@@ -84,22 +97,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _command(name: str, arguments: Sequence[str]) -> int:
-    path, _ = COMMANDS[name]
+def _registered(name: str, entry: EntryPoint | None, arguments: Sequence[str]) -> int:
+    missing = "the repository"
     try:
-        module = importlib.import_module(path)
+        if entry is not None:
+            return _run(name, entry.load(), arguments)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("launch", "matplotlib", "mlxtend", "rich"):
+        if error.name is None or error.name.partition(".")[0] == __package__:
             raise
-        print(
-            f"compression-plugins: {name} needs {error.name!r}: run it from a clone of the repository after "
-            "`pip install -e '.[bench]'`",
-            file=sys.stderr,
-        )
-        return 2
-    description = inspect.getdoc(module)
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(f"compression-plugins {name}", description=description, formatter_class=formatter)
+        missing = repr(error.name)
+    print(
+        f"compression-plugins: {name} needs {missing}: run it from a clone of the repository after "
+        "`pip install -e '.[bench]'`",
+        file=sys.stderr,
+    )
+    return 2
+
+
+def _run(name: str, module: Any, arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        f"compression-plugins {name}",
+        description=inspect.getdoc(module),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     module.add_arguments(parser)
     try:
         return module.run(parser.parse_args(arguments))

@@ -19,7 +19,7 @@ VENV = preflight.VENV
 PYTHON = VENV / "bin" / "python"
 STAMPS = VENV / ".setup"
 LOG = VENV / "setup.log"
-EXTRAS = "horovod,deepspeed,triton,bench,dev"
+EXTRAS = "horovod,deepspeed,triton,clients,bench,dev"
 VERSION = "{}.{}".format(*sys.version_info)
 CONSTRAINTS = ROOT / "constraints.txt"
 

@@ -6,7 +6,7 @@
 
 The training scripts (`launch/train.py`, `launch/train_deepspeed.py`) know nothing of compression; a scheme is a flag
 of `horovodrun` or a block of DeepSpeed's config. As root with iproute2 each rank is a host of its own, see
-`launch/netlab.py`; otherwise the ranks share this machine's loopback, and the report says so.
+`launch/lab/netlab.py`; otherwise the ranks share this machine's loopback, and the report says so.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from launch.document import Machine
-from launch.jobs import ROOT, Job, JobError, Loopback, environment, free_port
-from launch.netlab import NetLab, available
+from launch.lab.jobs import ROOT, Job, JobError, Loopback, environment, free_port
+from launch.lab.netlab import NetLab, available
 from launch.report import Report
 from launch.results import Result, read_records, read_run
 

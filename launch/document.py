@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Protocol
+
+from compression_plugins.bench.table import aligned
 
 # Okabe and Ito's palette: distinguishable for colour-blind readers, in print too.
 COLOURS = ["#555555", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B8A800"]
@@ -30,11 +31,8 @@ class Machine:
 
     @classmethod
     def here(cls) -> Machine:
-        processor = platform.processor() or platform.machine()
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                processor = line.split(":", 1)[1].strip()
-                break
+        from compression_plugins.bench.timing import cpu_name  # brings torch
+
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
         packages = []
         for name in ("torch", "horovod", "deepspeed"):
@@ -43,7 +41,7 @@ class Machine:
             except PackageNotFoundError:
                 continue
         return cls(
-            processor,
+            cpu_name(),
             len(os.sched_getaffinity(0)),
             round(memory, 1),
             f"{platform.system()} {platform.release().split('-')[0]}, Python {platform.python_version()}",
@@ -66,15 +64,7 @@ class Table:
 
     def text(self) -> str:
         """For a terminal."""
-        table = [self.headers, *self.rows]
-        widths = [max(len(row[i]) for row in table) for i in range(len(self.headers))]
-        lines = [
-            "  ".join(
-                cell.ljust(w) if i < self.left else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in table
-        ]
+        lines = aligned([self.headers, *self.rows], words=range(self.left))
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
     def markdown(self) -> str:

@@ -19,17 +19,17 @@ from compression_plugins.errors import CompressionError, nearest
 
 #: Name -> module with DESCRIPTION and run(out, quick) -> headline.
 EXPERIMENTS = {
-    "asylpg-bits": "launch.experiments.asylpg_bits",
-    "asylpg-mu": "launch.experiments.asylpg_mu",
-    "asylpg-logistic": "launch.experiments.asylpg_logistic",
-    "asylpg-netlab": "launch.experiments.asylpg_netlab",
-    "scalecom-volume": "launch.experiments.scalecom_volume",
-    "scalecom-similarity": "launch.experiments.scalecom_similarity",
-    "scalecom-large-batch": "launch.experiments.scalecom_large_batch",
-    "scalecom-accuracy": "launch.experiments.scalecom_accuracy",
-    "marsit-accuracy": "launch.experiments.marsit_accuracy",
-    "marsit-deviation": "launch.experiments.marsit_deviation",
-    "marsit-k": "launch.experiments.marsit_k",
+    "asylpg-bits": "launch.experiments.asylpg.bits",
+    "asylpg-mu": "launch.experiments.asylpg.mu",
+    "asylpg-logistic": "launch.experiments.asylpg.logistic",
+    "asylpg-netlab": "launch.experiments.asylpg.netlab",
+    "scalecom-volume": "launch.experiments.scalecom.volume",
+    "scalecom-similarity": "launch.experiments.scalecom.similarity",
+    "scalecom-large-batch": "launch.experiments.scalecom.large_batch",
+    "scalecom-accuracy": "launch.experiments.scalecom.accuracy",
+    "marsit-accuracy": "launch.experiments.marsit.accuracy",
+    "marsit-deviation": "launch.experiments.marsit.deviation",
+    "marsit-k": "launch.experiments.marsit.k",
     "codecs": "launch.experiments.codecs",
     "scale": "launch.experiments.scale",
 }

@@ -13,7 +13,7 @@ import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
 
-from launch.measure import ComputeOnly, Recorder
+from launch.lab.measure import ComputeOnly, Recorder
 from launch.task import batches, correct, load_digits, perceptron
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from launch.measure import ComputeOnly, Recorder
+from launch.lab.measure import ComputeOnly, Recorder
 from launch.task import batches, correct, load_digits, perceptron
 
 

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from compression_plugins import bench, bench_kernels
+from compression_plugins.bench import __main__ as bench
+from compression_plugins.bench import kernels
 from compression_plugins.schemes import registry
 from compression_plugins.triton_kernels import dispatch
 
@@ -41,7 +42,7 @@ def test_every_kernel_has_a_row_with_every_column(capsys, tmp_path):
 def test_bytes_of_a_row_are_the_published_bound(capsys):
     """Bytes an element, fp32: K1 12 + b/8 (4 + b/8 without memory) and the scales, K4 12 + 8/C, K6 3/8."""
     numel = 512 * 112 * 8
-    bound = {(c.kernel, c.setting): c.bytes / numel for c in bench_kernels.cases(numel, torch.device("cpu"))}
+    bound = {(c.kernel, c.setting): c.bytes / numel for c in kernels.cases(numel, torch.device("cpu"))}
     assert bound["sign_encode", "block 512, memory"] == pytest.approx(12 + 1 / 8 + 4 / 512)
     assert bound["uniform_encode", "4 bit, block 512"] == pytest.approx(4 + 4 / 8 + 4 / 512)
     assert bound["chunk_select", "chunk 112, memory"] == pytest.approx(12 + 8 / 112)

@@ -31,7 +31,7 @@ RUN_ELSEWHERE = {
     "make clean": ("Makefile", "clean:"),
     "pip install .": ("tests/test_packaging.py", "build_wheel"),
     'pip install ".[deepspeed]"': ("launch/bootstrap.py", "deepspeed"),
-    "compression-plugins rates net:example": ("tests/core/test_rates.py", "net:example"),
+    "compression-plugins rates net:example": ("tests/advise/test_layer_ratios.py", "net:example"),
     "compression-plugins report out/bench/quick/results.jsonl --out out/report": (
         "tests/launch/test_bench_command.py",
         'command("report"',

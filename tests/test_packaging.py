@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import os
 import re
 import subprocess
@@ -78,6 +80,39 @@ def test_the_entry_points_lead_to_the_functions_that_exist(wheel):
     text = zipfile.ZipFile(wheel).read(name).decode()
     assert "[torch.backends]\ncompression_plugins = compression_plugins.adapters.autoload:autoload" in text
     assert "[console_scripts]\ncompression-plugins = compression_plugins.cli:main" in text
+    assert "[compression_plugins.commands]\nbench = launch.bench.command\nreport = launch.bench.report" in text
+
+
+def test_the_commands_of_the_clone_are_modules_with_arguments_and_run():
+    for module in ("launch.bench.command", "launch.bench.report"):
+        command = importlib.import_module(module)
+        assert command.__doc__ and callable(command.add_arguments) and callable(command.run)
+
+
+def test_an_installed_wheel_says_that_an_experiment_needs_the_clone(site, tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r}); sys.modules['launch'] = None\n"
+        "from compression_plugins.cli import main; sys.exit(main(['bench', 'experiment.yaml']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("compression-plugins: bench needs 'launch"), done.stderr
+    assert "run it from a clone of the repository" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_package_names_nothing_that_the_wheel_does_not_hold():
+    """Neither an import of `launch` nor its dotted name in a string."""
+    for path in (ROOT / "compression_plugins").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                found = [node.module or ""] if not node.level else []
+            elif isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            else:
+                found = [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
+            for name in found:
+                assert not re.match(r"launch(\.\w+)*$", name), f"{path.relative_to(ROOT)}:{node.lineno} names {name!r}"
 
 
 # --- the start-up line ----------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 ``COMPRESSION_PLUGINS_KERNELS=reference|cpu|triton`` forces one for every call of the process; an implementation that
 cannot run here is refused with the reason and never replaced by another one.
+
+A kernel is registered by its name alone: a public function of a module in ``ops/``, and a body with the same name in
+the module of the same name in each of ``reference/``, ``cpu/`` and ``gpu/``.
 """
 
 from __future__ import annotations
@@ -9,8 +12,11 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -18,33 +24,24 @@ from ..errors import UnsupportedError
 
 ENVIRONMENT = "COMPRESSION_PLUGINS_KERNELS"
 
-# family (a module in each of reference/, cpu/ and gpu/) -> its public functions
-TABLE: dict[str, tuple[str, ...]] = {
-    "stats": ("stats",),
-    "sign": ("sign_encode", "sign_decode", "sign_reduce", "sign_vote", "sign_apply", "sign_draw"),
-    "uniform": (
-        "uniform_encode",
-        "uniform_decode",
-        "uniform_reduce",
-        "uniform_average",
-        "uniform_apply",
-        "uniform_round",
-    ),
-    "pack": ("pack_bits", "unpack_bits"),
-    "cast": ("cast_encode", "cast_decode", "cast_reduce"),
-    "chunk": ("chunk_select", "chunk_gather"),
-    "fold": ("bit_merge", "one_hot_signs", "signs_expand", "sign_bits"),
-    "scatter": ("scatter_add",),
-}
-FAMILY_OF = {name: family for family, names in TABLE.items() for name in names}
-
 _FOLDER = {"reference": "reference", "cpu": "cpu", "triton": "gpu"}
 _NEEDS = {"cpu": "numba", "triton": "triton"}
+_running: ContextVar[str | None] = ContextVar("implementation", default=None)
 
 
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+@contextmanager
+def running(name: str) -> Iterator[None]:
+    """Inside, every kernel call of this thread runs implementation ``name``, whatever the environment says."""
+    token = _running.set(name)
+    try:
+        yield
+    finally:
+        _running.reset(token)
 
 
 def implementation(device: torch.device) -> str:
@@ -53,7 +50,7 @@ def implementation(device: torch.device) -> str:
     Raises:
         UnsupportedError: no implementation exists for the device, or the forced one cannot run on it.
     """
-    forced = os.environ.get(ENVIRONMENT, "").strip().lower()
+    forced = (_running.get() or os.environ.get(ENVIRONMENT, "")).strip().lower()
     if not forced:
         if device.type not in ("cuda", "cpu"):
             raise UnsupportedError(
@@ -75,7 +72,7 @@ def implementation(device: torch.device) -> str:
 
 @functools.cache
 def load(name: str, family: str) -> ModuleType:
-    """The module of ``family`` in implementation ``name``; imports Numba or Triton at the first use only."""
+    """The bodies of ``family`` in implementation ``name``; imports Numba or Triton at the first use only."""
     try:
         return importlib.import_module(f".{_FOLDER[name]}.{family}", __package__)
     except ModuleNotFoundError as error:
@@ -88,19 +85,21 @@ def load(name: str, family: str) -> ModuleType:
         ) from error
 
 
-def _device_of(args: tuple, kwargs: dict) -> torch.device:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor):
-            return value.device
-    raise TypeError("a kernel takes at least one torch.Tensor")
+class Bodies:
+    """The bodies of the family whose front is ``module``: called with a tensor, those that run where it lies."""
+
+    def __init__(self, module: str):
+        self.family = module.rpartition(".")[2]
+
+    def __call__(self, like: torch.Tensor) -> Any:
+        if like.is_cpu and not (_running.get() or os.environ.get(ENVIRONMENT)):
+            return load("cpu", self.family)
+        return load(implementation(like.device), self.family)
 
 
-def dispatched(name: str) -> Callable:
-    """The public function ``name``: documented by its reference, run by the implementation of the device."""
-    family = FAMILY_OF[name]
+def __getattr__(name: str) -> Any:
+    if name == "FAMILY_OF":  # its modules import this one
+        from .ops import FAMILY_OF
 
-    @functools.wraps(getattr(load("reference", family), name))
-    def call(*args, **kwargs):
-        return getattr(load(implementation(_device_of(args, kwargs)), family), name)(*args, **kwargs)
-
-    return call
+        return FAMILY_OF
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

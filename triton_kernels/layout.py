@@ -1,4 +1,4 @@
-"""Payload layouts and argument checks, shared by the three implementations.
+"""Payload layouts and the numbers that the three implementations share.
 
 A payload is one contiguous ``uint8`` tensor ``[scales fp32, one per block | codes]``, little-endian, bits LSB first;
 the code area is padded with zero bits to whole 4-byte words. Its size follows from ``(numel, settings)`` alone:
@@ -26,15 +26,33 @@ SCALES = ("absmax", "l2")
 ROUNDINGS = ("stochastic", "nearest")
 FP8_MAX = 448.0  # largest finite e4m3 value
 SCALE_MAX = float.fromhex("0x1.ffffep+127")  # just under the fp32 maximum: levels * (scale / levels) stays finite
+DRAWS = 65536  # a draw h is one of 0..65535
+NUMEL_MAX = 2**40  # elements per vector: numbers of bits, of bytes and of programs of a launch stay far from overflow
+SPAN_MAX = 2**31 - 4096  # elements per block or chunk: an offset inside one, and a tile after it, is an int32
 
 
 class Memory(NamedTuple):
-    """Error-feedback memory of one call: the residual (or None) and its three factors."""
+    """Error-feedback memory of one call: what is read, what is written, and its three factors.
 
-    residual: torch.Tensor | None = None
+    ``updated`` is ``residual`` itself where the memory is updated in place; else the two do not overlap, and every
+    element of ``updated`` is written, with the old value where the memory keeps it.
+    """
+
+    residual: torch.Tensor
+    updated: torch.Tensor
     alpha: float = 1.0
     decay: float = 1.0
     sent: float = 1.0
+
+    @property
+    def apart(self) -> bool:
+        return self.updated is not self.residual
+
+
+def numel_of(numel: int) -> None:
+    """Refuses a number of elements that no vector has."""
+    if not 0 <= numel <= NUMEL_MAX:
+        raise CompressionError(f"numel must be from 0 to {NUMEL_MAX} (2**40), got {numel}")
 
 
 def words(numel: int, bits: int) -> int:
@@ -65,7 +83,7 @@ def cast_bytes(numel: int, kind: str, block: int) -> int:
 
 
 def cast_scales(numel: int, kind: str, block: int) -> int:
-    """Number of scales in a cast payload: one a block for fp8, none for the 16-bit kinds."""
+    """Number of scales in a cast payload: one per block for fp8, none for the 16-bit kinds."""
     return blocks(numel, block) if kind == "fp8" else 0
 
 
@@ -74,134 +92,14 @@ def uniform_levels(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
-# --- checks: each raises CompressionError naming the argument, what it was and what is expected ---
+def keep_left_below(a: int, b: int) -> int:
+    """Draws ``h`` below this keep the left bit: as many of the 65536 as have (h + 1/2) / 65536 < a / (a + b)."""
+    return -(-(2 * DRAWS * a - (a + b)) // (2 * (a + b)))
 
 
-def check_block(block: int) -> None:
-    if block < 32 or block % 32:
-        raise CompressionError(f"block must be a positive multiple of 32, got {block}")
-
-
-def check_bits(bits: int) -> None:
-    if bits not in UNIFORM_BITS:
-        raise CompressionError(f"bits must be one of {UNIFORM_BITS}, got {bits}")
-
-
-def check_kind(kind: str) -> None:
-    if kind not in CAST_BITS:
-        raise CompressionError(f"kind must be one of {tuple(CAST_BITS)}, got {kind!r}")
-
-
-def check_width(width: int) -> None:
-    if not 1 <= width <= 16:
-        raise CompressionError(f"width must be 1 to 16 bits, got {width}")
-
-
-def check_uniform(bits: int, block: int, key: object, scale: str, rounding: str) -> None:
-    check_bits(bits)
-    check_block(block)
-    if scale not in SCALES:
-        raise CompressionError(f"scale must be one of {SCALES}, got {scale!r}")
-    if rounding not in ROUNDINGS:
-        raise CompressionError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
-    if rounding == "stochastic" and key is None:
-        raise CompressionError("stochastic rounding needs a Philox key")
-
-
-def check_round(x: torch.Tensor, bits: int, scale: float, out: torch.Tensor | None) -> torch.Tensor:
-    """Where `uniform_round` writes."""
-    check_bits(bits)
-    check_vector(x)
-    if x.dtype != torch.float32 or not x.is_contiguous():
-        raise CompressionError(f"x must be contiguous fp32, not {x.dtype} with stride {x.stride(0)}")
-    if not 0 <= scale <= SCALE_MAX:
-        raise CompressionError(f"scale must be from 0 to {SCALE_MAX:g}, not {scale}")
-    if out is None:
-        return torch.empty_like(x)
-    check_buffer(out, x, x.numel(), "out")
-    return out
-
-
-def check_vector(x: torch.Tensor, name: str = "x") -> None:
-    if x.dim() != 1 or x.dtype not in FLOATS:
-        raise CompressionError(f"{name} must be 1-D fp32, fp16 or bf16, got {x.dtype} of shape {tuple(x.shape)}")
-
-
-def check_codes(codes: torch.Tensor) -> None:
-    if codes.dim() != 1 or codes.dtype != torch.int32:
-        raise CompressionError(f"codes must be 1-D int32, got {codes.dtype} of shape {tuple(codes.shape)}")
-
-
-def check_buffer(buffer: torch.Tensor, like: torch.Tensor, numel: int, name: str) -> None:
-    """``buffer`` is updated in place: fp32, contiguous, 1-D, ``numel`` long and on the device of ``like``."""
-    if buffer.dtype != torch.float32 or buffer.shape != (numel,) or not buffer.is_contiguous():
-        raise CompressionError(
-            f"{name} must be a contiguous 1-D fp32 tensor of {numel} elements, "
-            f"got {buffer.dtype} of shape {tuple(buffer.shape)} and stride {buffer.stride()}"
-        )
-    if buffer.device != like.device:
-        raise CompressionError(f"{name} is on {buffer.device}, the input on {like.device}")
-
-
-def check_residual(memory: Memory, like: torch.Tensor, numel: int) -> None:
-    if memory.residual is not None:
-        check_buffer(memory.residual, like, numel, "residual")
-
-
-def check_input(x: torch.Tensor, memory: Memory) -> None:
-    check_vector(x)
-    check_residual(memory, x, x.numel())
-
-
-def check_apply(payload: torch.Tensor, param: torch.Tensor, momentum_buffer: torch.Tensor | None) -> None:
-    check_buffer(param, payload, param.numel(), "param")
-    if momentum_buffer is not None:
-        check_buffer(momentum_buffer, payload, param.numel(), "momentum_buffer")
-
-
-def check_payload(payload: torch.Tensor, size: int) -> None:
-    if payload.dtype != torch.uint8 or payload.shape != (size,) or not payload.is_contiguous():
-        raise CompressionError(
-            f"payload must be a contiguous uint8 tensor of {size} bytes, "
-            f"got {payload.dtype} of shape {tuple(payload.shape)} and stride {payload.stride()}"
-        )
-    if size and (payload.storage_offset() % 4 or payload.data_ptr() % 4):
-        raise CompressionError("payload must start on a 4-byte boundary")
-
-
-def check_payloads(payloads: torch.Tensor, size: int) -> None:
-    """``payloads``: uint8 [ranks, size], contiguous, at least one rank."""
-    if payloads.dim() != 2 or not payloads.shape[0]:
-        raise CompressionError(f"payloads must have shape [ranks, {size}], got {tuple(payloads.shape)}")
-    if payloads.shape[1] != size or not payloads.is_contiguous():
-        raise CompressionError(
-            f"payloads must be contiguous with {size} bytes a rank, "
-            f"got shape {tuple(payloads.shape)} and stride {payloads.stride()}"
-        )
-    check_payload(payloads.view(-1), payloads.numel())
-
-
-# --- views ---
-
-
-def payload_for(out: torch.Tensor | None, size: int, like: torch.Tensor) -> torch.Tensor:
-    """``out`` after its checks, or a new payload of ``size`` bytes beside ``like``. Every byte will be written."""
-    if out is None:
-        return torch.empty(size, dtype=torch.uint8, device=like.device)
-    check_payload(out, size)
-    if out.device != like.device:
-        raise CompressionError(f"out is on {out.device}, the input on {like.device}")
-    return out
-
-
-def result_for(out: torch.Tensor | None, numel: int, like: torch.Tensor, accumulate: bool) -> torch.Tensor:
-    """``out`` after its checks, or a new fp32 vector of ``numel`` elements beside ``like``."""
-    if out is None:
-        if accumulate:
-            raise CompressionError("accumulate=True needs out=")
-        return torch.empty(numel, dtype=torch.float32, device=like.device)
-    check_buffer(out, like, numel, "out")
-    return out
+def draws_of(rank: int, size: int) -> tuple[int, int]:
+    """The half-open interval of draws ``h`` with ``(h * size) >> 16 == rank``; those of all ranks tile [0, 65536)."""
+    return -(-rank * DRAWS // size), -(-(rank + 1) * DRAWS // size)
 
 
 def split(payload: torch.Tensor, scales: int) -> tuple[torch.Tensor, torch.Tensor]:

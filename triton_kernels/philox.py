@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import CompressionError
+from .layout import numel_of
 
 MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
@@ -51,11 +52,11 @@ class Key(NamedTuple):
 
     def words(self) -> tuple[int, int, int, int, int, int]:
         """``(seed, tensor, first counter, step, rank, stream)`` as unsigned 32-bit words, checked."""
+        seed, tensor, step, rank, stream, offset = map(int, self)
         if min(self) < 0:
             raise CompressionError(f"a Philox key is made of non-negative integers, got {self}")
-        if self.offset % LANES:
-            raise CompressionError(f"the offset of a Philox key must be a multiple of {LANES}, got {self.offset}")
-        seed, tensor, step, rank, stream, offset = (int(field) for field in self)
+        if offset % LANES:
+            raise CompressionError(f"the offset of a Philox key must be a multiple of {LANES}, got {offset}")
         return seed & MASK, tensor & MASK, offset // LANES & MASK, step & MASK, rank & MASK, stream & MASK
 
 
@@ -73,7 +74,12 @@ def philox4x32(counter: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:
 
 
 def uniform16(key: Key, numel: int, device: torch.device | str | None = None) -> torch.Tensor:
-    """The 16 random bits ``h`` of elements 0..numel-1 -> int32 [numel], values in [0, 65536)."""
+    """The 16 random bits ``h`` of elements 0..numel-1 -> int32 [numel], values in [0, 65536).
+
+    Raises:
+        CompressionError: ``numel`` is negative or above 2**40, or the key is no key.
+    """
+    numel_of(numel)
     seed, tensor, first, step, rank, stream = key.words()
     index = (torch.arange(-(-numel // LANES), dtype=torch.int64, device=device) + first) & MASK
     counter = torch.stack([index] + [torch.full_like(index, word) for word in (step, rank, stream)])

@@ -23,10 +23,10 @@ _CONFIG_VARIABLE = "COMPRESSION_PLUGINS_CONFIG"
 #: Host module -> (adapter whose `install()` runs right after it, does it need a configuration in the environment?).
 #: DeepSpeed jobs ask in their own config, and `horovodrun` on its command line, so those two are always prepared.
 _ADAPTERS = {
-    "deepspeed.runtime.engine": ("compression_plugins.adapters.deepspeed", False),
-    "horovod.torch.optimizer": ("compression_plugins.adapters.horovod", True),
-    "horovod.runner.launch": ("compression_plugins.adapters.horovod_launch", False),
-    "torch.nn.parallel.distributed": ("compression_plugins.adapters.ddp", True),
+    "deepspeed.runtime.engine": ("compression_plugins.adapters.deepspeed.engine", False),
+    "horovod.torch.optimizer": ("compression_plugins.adapters.horovod.optimizer", True),
+    "horovod.runner.launch": ("compression_plugins.adapters.horovod.launch", False),
+    "torch.nn.parallel.distributed": ("compression_plugins.adapters.ddp.notice", True),
 }
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from ..bench.ranks import Ranks
 from ..config import Config
 from ..core.call import Segment
 from ..engine.plan import Bucket
-from ..engine.reducer import Reducer
 from ..schemes.base import Scheme
-from ..transports.local import LocalWorld, drive
 
 _SHAPE = (128, 256)
 _STEPS = 10
@@ -39,12 +38,9 @@ def update_error(scheme: Scheme) -> float:
 
     bucket = Bucket(scheme, (Segment("sample", 0, common.numel(), _SHAPE),))
     config = Config.load({"scheme": scheme.name, **scheme.model_dump()})
-    reducers = [Reducer(config, transport) for transport in LocalWorld(_RANKS).transports]
+    ranks = Ranks(config, _RANKS)
     total = torch.zeros_like(target)
     for _ in range(_STEPS):
-        jobs = [reducer.start(bucket, g.clone()) for reducer, g in zip(reducers, gradients)]
-        drive(jobs)
-        total += jobs[0].result() / _STEPS
-        for reducer in reducers:
-            reducer.end_step()
+        total += ranks.average([bucket], [[g.clone()] for g in gradients])[0] / _STEPS
+        ranks.end_step()
     return float((total - target).square().sum() / target.square().sum())

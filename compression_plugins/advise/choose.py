@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from ..bench.table import aligned
 from ..config import Config
 from .accuracy import LIMIT
 from .network import Given, Measured, rate_text
@@ -168,13 +169,7 @@ def table(rows: Sequence[Row], choice: Choice) -> str:
         cells = [f"{ms:.4g}" for ms in numbers]
         cells += [f"{step.sent_bytes / 1e6:.4g}", f"{none / step.step_s:.2f}", f"{bf16 / step.step_s:.2f}"]
         lines.append([mark, row.label, *cells, f"{row.error:.2g}", row.note])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i in (0, 1, 10) else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))
-        ).rstrip()
-        for line in lines
-    )
+    return "\n".join(aligned(lines, words=(0, 1, 10)))
 
 
 def ratio_text(ratio: float) -> str:

@@ -228,7 +228,7 @@ def _compute(options: argparse.Namespace, device: str, transport: Any) -> tuple[
         import os
         import sys
 
-        from ..rates import load_example
+        from .layer_ratios import load_example
 
         sys.path.insert(0, os.getcwd())  # as for `python -m`
         try:
@@ -253,7 +253,7 @@ def _machine(device: str, bandwidth: float | None, computes: bool) -> tuple[Mach
 
     import torch
 
-    from ..bench_timing import copy_rate
+    from ..bench.timing import copy_rate
     from .simulate import Machine
 
     here = copy_rate(1 << 22, torch.device(device), 7)

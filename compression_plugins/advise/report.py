@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from .. import __version__
-from ..bench_timing import machine as machine_facts
+from ..bench.timing import machine as machine_facts
 from ..errors import ConfigError
 from .choose import Choice, Row, reasons, table
 from .compute import Compute

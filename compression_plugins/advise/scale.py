@@ -38,12 +38,12 @@ class Point:
 
 
 def volumes(configs: dict[str, Config], compute: Compute, ranks: Sequence[int] = RANKS) -> list[tuple[str, int, float]]:
-    """(label, ranks, bytes sent by a rank in a step), from `wire_bits` alone; dense tensors are in it."""
+    """(label, ranks, bytes sent by a rank in a step), from `Bucket.wire_bytes` alone; dense tensors are in it."""
     rows = []
     for label, config in configs.items():
         buckets = make_plan(config, compute.specs).buckets
         for n in _able(config, ranks):
-            rows.append((label, n, sum(bucket.scheme.wire_bits(bucket.segments, n) for bucket in buckets) / 8))
+            rows.append((label, n, sum(bucket.wire_bytes(n) for bucket in buckets)))
     return rows
 
 

@@ -3,7 +3,8 @@
 Up to `DIRECT` ranks a scheme is timed at that number, on two sizes of bucket; seconds are affine in elements. For more
 ranks the kinds and numbers of operations still come from a run at the true number, on a bucket of a block a rank;
 seconds are those of few ranks, plus what grows: calls a rank (shards), and the decoding of an all-gather whose payload
-does not shrink with the number of ranks. Bytes are the recorded ones, times `wire_bits(bucket) / wire_bits(sample)`.
+does not shrink with the number of ranks. Bytes are the
+recorded ones, times `wire_bytes` of the bucket over those of the sample.
 """
 
 from __future__ import annotations
@@ -53,14 +54,14 @@ class Profile:
     def works(self, bucket: Bucket, size: int) -> list[Work]:
         """The kinds of steps of this bucket on `size` ranks; their shares add up to 1."""
         trace = self._at(size)
-        sample_bits = self.scheme.wire_bits(trace.segments, size)
-        factor = self.scheme.wire_bits(bucket.segments, size) / sample_bits if sample_bits else 1.0
+        sample = Bucket(self.scheme, tuple(trace.segments), self.device).wire_bytes(size)
+        factor = bucket.wire_bytes(size) / sample if sample else 1.0
         other = self._seconds(trace.other, trace.pace_other, bucket, size, factor)
         if _structure(trace.first) == _structure(trace.other):
             return [other]
         first = self._seconds(trace.first, trace.pace_first, bucket, size, factor)
         usual, seldom = trace.other.sent(size), trace.first.sent(size)
-        share = (sample_bits / 8 - usual) / (seldom - usual) if seldom != usual else 0.0
+        share = (sample - usual) / (seldom - usual) if seldom != usual else 0.0
         share = min(1.0, max(0.0, share))
         return [replace(other, share=1 - share), replace(first, share=share)]
 
@@ -189,14 +190,11 @@ def _segments(numel: int, pieces: int = 1) -> list[Segment]:
     rows = 1 << (max(1, length).bit_length() - 1) // 2
     while length % rows:
         rows //= 2
-    return [Segment(f"sample.{i}", 0, length, (rows, length // rows)) for i in range(pieces)]
+    return [Segment(f"sample.{i}", 0, length, (rows, length // rows), length // rows) for i in range(pieces)]
 
 
 def _block(scheme: Scheme) -> int:
-    try:
-        return max(512, scheme.codec.block)
-    except NotImplementedError:
-        return 512
+    return max(512, scheme.codec.block) if scheme.codec is not None else 512
 
 
 class Codecs:
@@ -220,30 +218,27 @@ class Codecs:
 
     def model_side(self, scheme: Scheme, numel: int) -> float:
         """Seconds a step to quantize weights of `numel` elements and to restore them; 0 for most schemes."""
-        from ..schemes.double_quantization import DoubleQuantization
-
-        if not isinstance(scheme, DoubleQuantization) or not scheme.weights:
+        if scheme.weight_law is None:
             return 0.0
         if scheme not in self._sides:
-            self._sides[scheme] = _weights_s(scheme, self.device, min(self.largest, _LARGE))
+            self._sides[scheme] = _hook_s(scheme, self.device, min(self.largest, _LARGE))
         return self._sides[scheme] * numel * self.scale
 
 
-def _weights_s(scheme: Any, device: str, numel: int) -> float:
-    """Seconds an element."""
-    from ..optimizer.quantized_weights import QuantizedWeights
-
+def _hook_s(scheme: Scheme, device: str, numel: int) -> float:
+    """Seconds an element that a scheme's step hook takes."""
     parameter = torch.randn(numel, device=device)
-    weights = QuantizedWeights(scheme, [("sample", parameter)])
+    hook = scheme.step_hook({"sample": parameter}, 0)
+    assert hook is not None
     now = clock(device)
-    weights.quantize(0)
     times = []
-    for step in range(1, 5):
+    for step in range(1, 6):
         began = now()
-        weights.restore()
-        restored = now()
+        hook.before_forward()
+        hook.after_backward()
+        acted = now()
         parameter.mul_(1.01)  # the optimizer
         again = now()
-        weights.quantize(step)
-        times.append(restored - began + now() - again)
-    return statistics.median(times[1:]) / numel
+        hook.after_step(step)
+        times.append(acted - began + now() - again)
+    return statistics.median(times[2:]) / numel

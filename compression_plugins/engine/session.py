@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import itertools
 import weakref
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -25,8 +25,8 @@ from .preload import preload
 from .reducer import Reducer
 from .telemetry import Telemetry
 
-#: Sessions that reduce the same tensors are told apart by their number.
-_made: Counter[str] = Counter()
+#: Numbers the sessions of a group of ranks in the order of their first use.
+_uses: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
 @dataclass
@@ -64,13 +64,15 @@ class Session:
         parameters: those whose gradients are reduced, by name, in registration order.
         frozen: names of parameters that have no gradient yet; patterns may match them.
         speaks: whether this rank is the one that prints.
+        group: tells the ranks that take part from other groups of ranks in the same job.
 
     Raises:
         UnsupportedError: a parameter cannot be reduced.
 
     Attributes:
-        name: of what it reduces, the same on every rank and unique in the process; it is not counted by how many others
-            were made.
+        name: unique in the process and the same on every rank, for sessions are first used in one order everywhere;
+            those that some rank makes and never uses do not count. Were names made of tensors, ranks whose tensors
+            differ would never meet to find out.
         plan: which tensor travels how.
         hooks: what happens around the optimizer's step.
     """
@@ -82,7 +84,9 @@ class Session:
         parameters: Mapping[str, Tensor],
         frozen: Sequence[str] = (),
         speaks: bool = True,
+        group: str = "all",
     ) -> None:
+        self._group = group
         self.host, self.config, self.parameters = host, config, dict(parameters)
         for name, p in self.parameters.items():
             if not p.is_floating_point():
@@ -92,9 +96,6 @@ class Session:
         loss_scale.watch()
         patterns.note(config, [*self.parameters, *frozen], speaks)
         self.plan = make_plan(config, self.specs(self.parameters))
-        digest = hashlib.sha256(json.dumps(list(self.specs(self.parameters))).encode()).hexdigest()[:12]
-        self.name = f"compression_plugins.{digest}.{_made[digest]}"
-        _made[digest] += 1
         self.hooks: list[StepHook] = []
         self._reducer: Reducer | None = None
         self._telemetry: Telemetry | None = None
@@ -103,6 +104,10 @@ class Session:
         weakref.finalize(self, self._tally.report)  # at the end of the process, too
 
     # -- start-up
+
+    @cached_property
+    def name(self) -> str:
+        return f"compression_plugins.{self._group}.{next(_uses[self._group])}"
 
     @staticmethod
     def specs(parameters: Mapping[str, Tensor]) -> list[TensorSpec]:
@@ -132,16 +137,18 @@ class Session:
         if size > 1:
             preload(self.config, self.plan, rank, size, sharded)
 
-    def start(self, transport: Transport, hooks: bool = True) -> None:
-        """Make the reducer and, with `hooks`, those step hooks of the schemes that act on whole parameters."""
+    def start(self, transport: Transport) -> None:
+        """Make the reducer."""
         if self._telemetry is None:
             self._telemetry = Telemetry.from_environment(transport.rank)
         self._earlier = (self._tally.sent, self._tally.exposed_s)
         self._reducer = Reducer(self.config, transport, self._telemetry)
         self._tally.ranks = "1 rank" if transport.size == 1 else f"{transport.size} ranks"
         self._tally.speaks = transport.rank == 0
-        if hooks:
-            self.hooks = self._hooks_of(self.plan)
+
+    def make_hooks(self) -> None:
+        """Make the step hooks of the schemes, for a host whose ranks hold whole parameters."""
+        self.hooks = self._hooks_of(self.plan)
 
     def opened(self, where: str = "") -> None:
         """All ranks agree; say what will happen.
@@ -159,7 +166,8 @@ class Session:
         self.parameters.update(parameters)
         more = make_plan(self.config, self.specs(parameters))
         self.plan = Plan(more.buckets + self.plan.buckets, self.plan.rows + more.rows)
-        self.hooks += self._hooks_of(more)
+        if self.hooks:
+            self.hooks += self._hooks_of(more)
         if self._tally.speaks:
             announce(f"{self.host}: new parameters, {more.table(self.reducer.transport.size)}")
 
@@ -184,9 +192,8 @@ class Session:
 
     def before_forward(self) -> None:
         """Gradients are about to be computed."""
-        if self.started and not self.reducer.warming:
-            for hook in self.hooks:
-                hook.before_forward()
+        for hook in self.hooks:
+            hook.before_forward()
 
     def after_backward(self) -> None:
         """Gradients are computed, or the optimizer is about to step: parameters are exact again."""
@@ -197,8 +204,9 @@ class Session:
         """The optimizer has stepped; or not, although it was asked to."""
         reducer, step = self.reducer, self.reducer.step
         dense = sum(bucket.dense_bytes(reducer.transport.size) for bucket in self.plan.buckets)
+        warming = reducer.warming
         reducer.end_step(skipped)
-        if not skipped:
+        if not skipped and not warming:
             for hook in self.hooks:
                 hook.after_step(step)
         self._tally.steps += 1
@@ -227,5 +235,10 @@ class Session:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict()` of this rank."""
         self.reducer.load_state_dict(state)
-        for hook, saved in zip(self.hooks, state.get("hooks", []), strict=True):
-            hook.load_state_dict(saved)
+        self.load_hooks(state)
+
+    def load_hooks(self, state: Mapping[str, Any]) -> None:
+        """The step hooks' part of it; call after the parameters are loaded."""
+        saved = state.get("hooks", [])
+        for hook, own in zip(self.hooks, saved if len(saved) == len(self.hooks) else [{}] * len(self.hooks)):
+            hook.load_state_dict(own)

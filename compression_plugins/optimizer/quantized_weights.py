@@ -46,8 +46,10 @@ class QuantizedWeights:
     def after_backward(self) -> None:
         """Put the exact weights back."""
         if self._quantized:
+            # `.data`: a graph that is kept for a second backward pass may go on, at exact weights then.
             torch._foreach_copy_(
-                [self._parameters[name] for name in self._quantized], [self._exact[name] for name in self._quantized]
+                [self._parameters[name].data for name in self._quantized],
+                [self._exact[name] for name in self._quantized],
             )
             self._quantized = []
 
@@ -81,9 +83,9 @@ class QuantizedWeights:
         for name, bits, largest, key in chosen:
             p, exact = self._parameters[name], self._exact[name].view(-1)
             if p.dtype == torch.float32 and p.is_contiguous():
-                K.uniform_round(exact, bits, largest, key, out=p.detach().view(-1))
+                K.uniform_round(exact, bits, largest, key, out=p.data.view(-1))
             else:
-                p.copy_(K.uniform_round(exact, bits, largest, key).view_as(p))
+                p.data.copy_(K.uniform_round(exact, bits, largest, key).view_as(p))
 
     @contextmanager
     def exact(self) -> Iterator[None]:

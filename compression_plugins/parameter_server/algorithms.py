@@ -23,7 +23,6 @@ from ..errors import ConfigError, nearest
 from ..optimizer.weight_law import least_bits
 from . import messages, quantizer
 from .messages import Kind, Message
-from .options import Options
 
 # Random streams of one ticket, told apart by the tensor word of the key.
 MODEL_STREAM, GRADIENT_STREAM = 0, 1
@@ -67,16 +66,18 @@ class State:
 
 
 class Down(Protocol):
-    def __call__(self, state: State, options: Options, key: K.Key, ticket: int) -> Message: ...
+    def __call__(self, state: State, mu: float, key: K.Key, ticket: int) -> Message:
+        """`mu`: error allowed, relative to the distance to the snapshot."""
+        ...
 
 
-def full_model(state: State, options: Options, key: K.Key, ticket: int) -> Message:
+def full_model(state: State, mu: float, key: K.Key, ticket: int) -> Message:
     """fp32."""
     quantizer.largest(state.x, "the model")
     return messages.exact(Kind.MODEL, state.x, ticket)
 
 
-def mu_rule_model(state: State, options: Options, key: K.Key, ticket: int) -> Message:
+def mu_rule_model(state: State, mu: float, key: K.Key, ticket: int) -> Message:
     """Q(x) with the fewest bits for which E||Q(x) - x||^2 <= mu ||x - x~||^2.
 
     No payload where x is x~; fp32 where more than 16 bits would be needed, which happens next to the optimum.
@@ -85,7 +86,7 @@ def mu_rule_model(state: State, options: Options, key: K.Key, ticket: int) -> Me
     if distance == 0 and torch.equal(state.x, state.snapshot):
         return messages.nothing(Kind.MODEL, ticket)
     scale = quantizer.largest(state.x, "the model")
-    bits = least_bits(scale, distance, state.x.numel(), options.mu)
+    bits = least_bits(scale, distance, state.x.numel(), mu)
     if bits is None or scale == 0:
         return messages.exact(Kind.MODEL, state.x, ticket)
     return messages.quantized(Kind.MODEL, state.x, bits, key, scale, ticket)
@@ -95,29 +96,31 @@ def mu_rule_model(state: State, options: Options, key: K.Key, ticket: int) -> Me
 
 
 class Up(Protocol):
-    def __call__(self, alpha: Tensor, options: Options, key: K.Key, ticket: int) -> Message: ...
+    def __call__(self, alpha: Tensor, bits: int, budget: float, key: K.Key, ticket: int) -> Message:
+        """`bits` of a value; `budget`: share of the largest legal number of survivors."""
+        ...
 
 
-def full_gradient(alpha: Tensor, options: Options, key: K.Key, ticket: int) -> Message:
+def full_gradient(alpha: Tensor, bits: int, budget: float, key: K.Key, ticket: int) -> Message:
     """fp32."""
     quantizer.largest(alpha, "a gradient")
     return messages.exact(Kind.GRADIENT, alpha, ticket)
 
 
-def quantized_gradient(alpha: Tensor, options: Options, key: K.Key, ticket: int) -> Message:
+def quantized_gradient(alpha: Tensor, bits: int, budget: float, key: K.Key, ticket: int) -> Message:
     """Q(alpha) with `bits` and delta = max|alpha| / (2^(bits-1) - 1): nothing is clipped."""
     scale = quantizer.largest(alpha, "a gradient")
     if scale == 0:
         return messages.nothing(Kind.GRADIENT, ticket)
-    return messages.quantized(Kind.GRADIENT, alpha, options.bits, key, scale, ticket)
+    return messages.quantized(Kind.GRADIENT, alpha, bits, key, scale, ticket)
 
 
-def sparse_gradient(alpha: Tensor, options: Options, key: K.Key, ticket: int) -> Message:
+def sparse_gradient(alpha: Tensor, bits: int, budget: float, key: K.Key, ticket: int) -> Message:
     """Survivors of an unbiased random selection; all have one magnitude, so index and sign are all that travels."""
     scale = quantizer.largest(alpha, "a gradient")
     if scale == 0:
         return messages.nothing(Kind.GRADIENT, ticket)
-    signs, magnitude = quantizer.sparsify(alpha, scale, options.budget, key)
+    signs, magnitude = quantizer.sparsify(alpha, scale, budget, key)
     return messages.sparse(signs, magnitude, ticket)
 
 
@@ -176,7 +179,7 @@ class Momentum:
 
 
 class Algorithm:
-    """Stateless; all state is in `State`, all parameters are in `Options`."""
+    """Stateless; all state is in `State`, all parameters come as numbers."""
 
     name: ClassVar[str]
     paper: ClassVar[str] = "Yu, Wu, Huang, 2019, arXiv 1805.10111"
@@ -184,13 +187,13 @@ class Algorithm:
     up: Up = staticmethod(full_gradient)
     rule: Rule = Plain()
 
-    def send_model(self, state: State, options: Options, ticket: int, rank: int) -> Message:
-        """x_D(t) for one worker."""
-        return self.down(state, options, K.Key(options.seed, MODEL_STREAM, ticket, rank), ticket)
+    def send_model(self, state: State, mu: float, seed: int, ticket: int, rank: int) -> Message:
+        """x_D(t) for one worker; `seed` is the run's."""
+        return self.down(state, mu, K.Key(seed, MODEL_STREAM, ticket, rank), ticket)
 
-    def send_gradient(self, alpha: Tensor, options: Options, ticket: int, rank: int) -> Message:
-        """zeta from alpha, fp32 [numel]."""
-        return self.up(alpha, options, K.Key(options.seed, GRADIENT_STREAM, ticket, rank), ticket)
+    def send_gradient(self, alpha: Tensor, bits: int, budget: float, seed: int, ticket: int, rank: int) -> Message:
+        """zeta from alpha, fp32 [numel]; `seed` is the run's."""
+        return self.up(alpha, bits, budget, K.Key(seed, GRADIENT_STREAM, ticket, rank), ticket)
 
 
 _ALGORITHMS: dict[str, Algorithm] = {}

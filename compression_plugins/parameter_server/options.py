@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..config import read_document
 from ..errors import ConfigError, nearest
+from .algorithms import get
 
 Positive = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
@@ -64,8 +65,6 @@ class Options(BaseModel):
         Raises:
             ConfigError: one sentence: what is wrong, where, and the nearest valid choice.
         """
-        from .algorithms import get
-
         document, where = _read(source)
         document.update(overrides or {})
         for key in document:

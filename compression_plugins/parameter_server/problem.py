@@ -91,6 +91,31 @@ class Problem:
         pieces = np.array_split(np.arange(self.samples), -(-self.samples // chunk))
         return sum(float(self._value(self._batch(piece))) * len(piece) for piece in pieces) / self.samples
 
+    @torch.no_grad()
+    def estimate_batch_statistics(self, model: nn.Module, chunk: int, seed: int) -> None:
+        """Running statistics of `model`'s batch normalisation, anew from all samples, about `chunk` at a time.
+
+        `model` stays on its device. Layers that are not in training mode have used their running statistics all along,
+        and keep them.
+        """
+        layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        momenta = {m: m.momentum for m in layers if m.training and m.track_running_stats}
+        if not momenta:
+            return
+        device = next(model.parameters()).device
+        order = np.random.Generator(np.random.Philox(seed)).permutation(self.samples)
+        pieces = np.array_split(order, -(-self.samples // chunk))  # of equal size: none of a single sample
+        try:
+            for layer in momenta:
+                layer.reset_running_stats()
+                layer.momentum = None  # the mean over batches
+            with seeded(seed, device):
+                for piece in pieces:
+                    self._mean_loss(model, _move(self._batch(piece), device))
+        finally:
+            for layer, momentum in momenta.items():
+                layer.momentum = momentum
+
     def _assign(self, x: Tensor) -> None:
         unflatten(x, self._parameters)
 
@@ -104,14 +129,17 @@ class Problem:
         return batch if self.device.type == "cpu" else _move(batch, self.device)
 
     def _value(self, batch: Any) -> Tensor:
+        return self._mean_loss(self._model, batch)
+
+    def _mean_loss(self, model: nn.Module, batch: Any) -> Tensor:
         if self._forward is not None:
-            return self._forward(self._model, batch)
+            return self._forward(model, batch)
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise CompressionError(
                 f"a batch is a {type(batch).__name__}, not (inputs, targets): give forward=, which turns a model and a "
                 "batch into the mean loss"
             )
-        return self._loss_fn(self._model(batch[0]), batch[1])  # type: ignore[misc]
+        return self._loss_fn(model(batch[0]), batch[1])  # type: ignore[misc]
 
     def _differentiate(self, batch: Any, seed: int) -> tuple[float, Tensor]:
         with seeded(seed, self.device):
@@ -158,10 +186,12 @@ def unflatten(x: Tensor, parameters: Sequence[Tensor]) -> None:
 
 
 def _move(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
+    if hasattr(batch, "to"):  # tensors, and batches that know how
         return batch.to(device)
     if isinstance(batch, dict):
         return {key: _move(value, device) for key, value in batch.items()}
+    if hasattr(batch, "_fields"):  # a named tuple
+        return type(batch)(*(_move(value, device) for value in batch))
     if isinstance(batch, (tuple, list)):
         return type(batch)(_move(value, device) for value in batch)
     return batch

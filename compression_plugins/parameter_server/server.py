@@ -248,7 +248,7 @@ class Server:
         while self._idle and self._issued < self.inner_steps and len(self._out) <= self.options.tau:
             rank = self._idle.popleft()
             with self.seconds.spent("coding"):
-                message = self.algorithm.send_model(self.state, self.options, self.tickets, rank)
+                message = self.algorithm.send_model(self.state, self.options.mu, self.options.seed, self.tickets, rank)
             self._out[rank] = Ticket(self.tickets, self.step)
             self._tally.widths.append(message.bits)
             self._issued += 1

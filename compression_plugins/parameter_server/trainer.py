@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
 from ..errors import CompressionError, ConfigError
@@ -37,7 +36,8 @@ class AsyncTrainer:
 
     Args:
         model: trained in place: the result is written into it by `fit`. Batch normalisation uses the statistics of a
-            batch while training; running statistics are estimated anew from the data at the end.
+            batch while training; running statistics are estimated anew from all data at the end. Layers in evaluation
+            mode use and keep the ones they have.
         loss_fn: mean loss of a batch; None if `forward` is given.
         loader: DataLoader (batch size, data set and collate function are used) or map-style data set.
         method, workers, options: fields of `Options`.
@@ -125,7 +125,7 @@ class AsyncTrainer:
 
     def _finish(self, server: Server) -> list[Epoch]:
         unflatten(server.state.snapshot, [p for p in self.model.parameters() if p.requires_grad])
-        self._estimate_batch_statistics()
+        self.problem.estimate_batch_statistics(self.model, self.options.snapshot_batch, self.options.seed)
         return server.history
 
     def loss(self) -> float:
@@ -150,11 +150,6 @@ class AsyncTrainer:
             service.run(tick=processes.check)
         finally:
             processes.stop()
-
-    def _estimate_batch_statistics(self) -> None:
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()):
-            loader = self.loader if isinstance(self.loader, DataLoader) else DataLoader(self.loader, batch_size=256)
-            update_bn(loader, self.model)
 
 
 def with_defaults(options: Options, defaults: Mapping[str, Any], config: Any, overrides: Mapping[str, Any]) -> Options:

@@ -69,7 +69,8 @@ class Worker:
                 alpha = self.problem.gradient(x, batch, seed)[1]
                 alpha.sub_(self.problem.gradient(snapshot, batch, seed)[1])
         with self.seconds.spent("coding"):
-            return self.algorithm.send_gradient(alpha, self.options, ticket, self.rank)
+            chosen = self.options
+            return self.algorithm.send_gradient(alpha, chosen.bits, chosen.budget, chosen.seed, ticket, self.rank)
 
     def _known(self) -> Tensor:
         if self.snapshot is None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -66,8 +67,12 @@ class Transport(ABC):
     def __init__(self) -> None:
         self.sent = 0.0
 
+    def sums(self, dtype: torch.dtype) -> bool:
+        """Whether `all_reduce` takes tensors of `dtype`."""
+        return True
+
     def all_reduce(self, x: Tensor) -> Handle:
-        """Elementwise sum over ranks (fp32 or int32)."""
+        """Elementwise sum over ranks, in the dtype of `x`."""
         self._count(2 * (self.size - 1) / self.size * _nbytes(x))
         return self._all_reduce(x)
 

@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _check_network(wanted: list[Cell]) -> None:
     """Raises `ConfigError` before anything runs, where limited rates cannot be had."""
-    from launch.netlab import available
+    from launch.lab.netlab import available
 
     limited = sorted({cell.rate for cell in wanted if cell.kind != "quality" and cell.rate != UNLIMITED})
     if limited and (reason := available()):

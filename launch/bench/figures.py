@@ -133,7 +133,7 @@ def volume_lines(
         hollow = {**style[who], "linestyle": "", "fillstyle": "none", "markersize": 8, "label": None}
         axes.plot(list(payload.get(who, {})), [size / 1e6 for size in payload.get(who, {}).values()], **hollow)
     sizes = sorted({size for each in lines.values() for size in each})
-    axes.set(xscale="log", yscale="log", xlabel="ranks", ylabel="MB sent a step and rank")
+    axes.set(xscale="log", yscale="log", xlabel="ranks", ylabel="MB sent per step and rank")
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.xaxis.set_minor_locator(_no_ticks())
     _legend(figure, [axes])

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compression_plugins.engine.telemetry import ENVIRONMENT_VARIABLE as TELEMETRY
-from launch import netlab
-from launch.jobs import Job, Loopback, environment, free_port, tool
-from launch.netlab import NetLab
+from launch.lab import netlab
+from launch.lab.jobs import Job, Loopback, environment, free_port, tool
+from launch.lab.netlab import NetLab
 
 from .cells import Cell
 from .settings import UNLIMITED, Choice

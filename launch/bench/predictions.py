@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compression_plugins.advise.choose import BASELINES
-from launch.jobs import Job, environment, free_port
+from launch.lab.jobs import Job, environment, free_port
 from launch.results import read_records
 
 from .cells import Cell

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compression_plugins.bench_timing import one_thread
+from compression_plugins.bench.ranks import Ranks
+from compression_plugins.bench.timing import one_thread
 from compression_plugins.config import Config
 from compression_plugins.engine.plan import Plan, TensorSpec, make_plan
-from compression_plugins.engine.reducer import Reducer
-from compression_plugins.transports.local import LocalWorld, drive
 from launch.experiments.tasks import Task
 
 from . import models
@@ -66,25 +65,19 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _figures(config: Config, plan: Plan, ranks: int, steps: Iterator[list[Flats]]) -> dict[str, Any]:
-    reducers = [Reducer(config, transport) for transport in LocalWorld(ranks).transports]
+    world = Ranks(config, ranks)
     errors, cosines, result_sum, target_sum = [], [], torch.zeros(1), torch.zeros(1)
     for flats in steps:
         target = torch.cat([torch.stack(list(each)).mean(0) for each in zip(*flats)])
-        jobs = [
-            [reducer.start(bucket, flat.clone()) for bucket, flat in zip(plan.buckets, mine)]
-            for reducer, mine in zip(reducers, flats)
-        ]
-        drive([job for each in jobs for job in each])
-        result = torch.cat([job.result() for job in jobs[0]])
-        for reducer in reducers:
-            reducer.end_step()
+        result = torch.cat(world.average(plan.buckets, [[flat.clone() for flat in mine] for mine in flats]))
+        world.end_step()
         errors.append(_relative(result, target))
         cosines.append(float(F.cosine_similarity(result.double(), target.double(), dim=0)))
         result_sum, target_sum = result_sum + result, target_sum + target
     numel = sum(bucket.numel for bucket in plan.buckets)
     dense = 8 * numel * (ranks - 1) / ranks
-    nominal = sum(bucket.scheme.wire_bits(bucket.segments, ranks) for bucket in plan.buckets) / 8
-    sent = sum(reducer.transport.sent for reducer in reducers) / ranks / len(errors)
+    nominal = sum(bucket.wire_bytes(ranks) for bucket in plan.buckets)
+    sent = sum(world.sent) / ranks / len(errors)
     return {
         "numel": numel,
         "target_ratio": dense / nominal,
@@ -92,7 +85,7 @@ def _figures(config: Config, plan: Plan, ranks: int, steps: Iterator[list[Flats]
         "vnmse": sum(errors) / len(errors),
         "cosine": sum(cosines) / len(cosines),
         "bias": _relative(result_sum, target_sum),
-        "state_bytes_per_value": sum(reducer.state.nbytes() for reducer in reducers) / ranks / numel,
+        "state_bytes_per_value": sum(reducer.state.nbytes() for reducer in world.reducers) / ranks / numel,
     }
 
 

@@ -12,8 +12,8 @@ from statistics import median
 from typing import Any
 
 from compression_plugins.errors import CompressionError
-from launch.jobs import JobError
-from launch.netlab import NetLabError
+from launch.lab.jobs import JobError
+from launch.lab.netlab import NetLabError
 
 from . import hosts, models, readings
 from .cells import Cell

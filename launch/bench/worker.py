@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from launch.measure import ComputeOnly, Recorder
+from launch.lab.measure import ComputeOnly, Recorder
 
 from . import models
 from .synthetic import Synthetic
@@ -86,7 +86,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def train(options: argparse.Namespace, host: Host) -> None:
-    """Train, and write `rankR.jsonl` (see `launch.measure`) and rank 0's `about.json` into `options.record`."""
+    """Train, and write `rankR.jsonl` (see `launch.lab.measure`) and rank 0's `about.json` into `options.record`."""
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     task = models.load(options.model, options.compute_ms)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from compression_plugins import bench_kernels, bench_schemes
-from compression_plugins.bench_timing import copy_rate, one_thread
+from compression_plugins.bench import kernels as bench_kernels
+from compression_plugins.bench import schemes as bench_schemes
+from compression_plugins.bench.timing import copy_rate, one_thread
 from launch.document import COLOURS, Table
 
 from .study import Study, drawing

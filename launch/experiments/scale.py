@@ -17,7 +17,7 @@ from compression_plugins.advise.scale import TOPOLOGIES, Point, sweep
 from compression_plugins.advise.shapes import load
 from compression_plugins.advise.simulate import Machine
 from compression_plugins.advise.work import Codecs
-from compression_plugins.bench_timing import copy_rate
+from compression_plugins.bench.timing import copy_rate
 from compression_plugins.config import Config
 from launch.document import COLOURS, Table
 from launch.task import batches, load_digits, perceptron
@@ -113,7 +113,7 @@ def _grid(points: Sequence[Point], schemes: Sequence[str], topology: str, cell: 
 
 
 def _volume(points: Sequence[Point], schemes: Sequence[str]) -> Table:
-    return _grid(points, schemes, "flat", lambda p: f"{p.sent_bytes / 1e6:.3g}", "MB sent a step and rank")
+    return _grid(points, schemes, "flat", lambda p: f"{p.sent_bytes / 1e6:.3g}", "MB sent per step and rank")
 
 
 def _steps(points: Sequence[Point], schemes: Sequence[str], topology: str) -> Table:
@@ -134,7 +134,7 @@ def _picture(points: Sequence[Point], schemes: Sequence[str]) -> Any:
             ring.keys(), [p.sent_bytes / 1e6 for p in ring.values()], "o-", color=colour, markersize=3, label=name
         )
         right.plot(nodes.keys(), [1e3 * p.step_s for p in nodes.values()], "o-", color=colour, markersize=3)
-    left.set(xscale="log", yscale="log", xlabel="ranks", ylabel="MB sent a step and rank")
+    left.set(xscale="log", yscale="log", xlabel="ranks", ylabel="MB sent per step and rank")
     right.set(xscale="log", yscale="log", xlabel=f"ranks, {PER_NODE} a node", ylabel="predicted ms a step")
     left.legend(frameon=False, fontsize=8)
     return figure

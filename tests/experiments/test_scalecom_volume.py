@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="the experiments draw")
 
-from launch import netlab  # noqa: E402
-from launch.experiments import scalecom_volume  # noqa: E402
+from launch.experiments.scalecom import volume as scalecom_volume  # noqa: E402
+from launch.lab import netlab  # noqa: E402
 from tests.experiments.quick import run_quick  # noqa: E402
 
 D = scalecom_volume.LOCAL

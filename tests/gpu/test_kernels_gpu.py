@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.kernels import dense_checks as checks
+from tests.kernels import memory_checks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,15 +66,12 @@ def test_any_block(block):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("numel, block", [(1, 512), (100_003, 512), (100_003, 5024)])
 def test_reduce(family, kind, ranks, numel, block):
-    checks.check_reduce(family, "triton", numel, block, ranks, DAMPED, kind)
+    checks.check_reduce(family, "triton", numel, block, ranks, kind)
 
 
 @pytest.mark.parametrize("numel", LENGTHS)
-def test_vote_apply_stats_and_pack(numel):
+def test_vote_stats_and_pack(numel):
     checks.check_vote("triton", numel, 5)
-    for momentum in (0.0, 0.9):
-        checks.check_apply("sign", "triton", numel, 512, momentum)
-        checks.check_apply("uniform", "triton", numel, 512, momentum)
     checks.check_stats("triton", numel, 0.3)
     for width in range(1, 17):
         checks.check_pack("triton", min(numel, 3001), width)
@@ -84,6 +82,13 @@ def test_vote_apply_stats_and_pack(numel):
 def test_draw(dtype, stride, numel):
     checks.check_draw("triton", numel, dtype, stride)
     checks.check_draw("triton", numel, dtype, stride, spoil=True)
+
+
+@pytest.mark.parametrize("factors", memory_checks.FACTORS)
+@pytest.mark.parametrize("call", memory_checks.CALLS)
+@pytest.mark.parametrize("numel", [1, 511, 513, 100_003])
+def test_memory_that_goes_elsewhere_is_the_one_in_place(call, factors, numel):
+    memory_checks.check_updated("triton", call, numel, factors)
 
 
 def test_indices_beyond_two_to_the_31():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+import functools
+from types import SimpleNamespace
 
 import torch
 
-from compression_plugins.triton_kernels import Key, dispatch
+from compression_plugins.triton_kernels import Key, dispatch, ops
 
 FAST = ("cpu", "triton")
 MEMORIES = (None, (1.0, 1.0, 1.0), (0.3, 0.9, 0.7))  # (alpha, decay, sent)
@@ -14,12 +15,21 @@ INPUTS = ((torch.float32, 1), (torch.float32, 2), (torch.float16, 1), (torch.bfl
 KEY = Key(seed=7, tensor=11, step=13, rank=17, stream=1, offset=64)
 
 
-def reference(family: str) -> ModuleType:
-    return dispatch.load("reference", family)
+def fast(implementation: str, family: str) -> SimpleNamespace:
+    """The public functions of a family, run by the implementation that is named."""
+
+    def forced(name):
+        @functools.wraps(ops.FUNCTIONS[name])
+        def call(*args, **kwargs):
+            with dispatch.running(implementation):
+                return ops.FUNCTIONS[name](*args, **kwargs)
+
+        return call
+
+    return SimpleNamespace(**{name: forced(name) for name, other in ops.FAMILY_OF.items() if other == family})
 
 
-def fast(implementation: str, family: str) -> ModuleType:
-    return dispatch.load(implementation, family)
+reference = functools.partial(fast, "reference")
 
 
 def device_of(implementation: str) -> str:

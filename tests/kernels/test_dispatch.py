@@ -1,10 +1,12 @@
-"""Dispatch: who runs where, that nothing is replaced silently, and that the table is the whole public interface."""
+"""Dispatch: who runs where, that nothing is replaced silently, and that a kernel is registered by its name alone."""
 
 from __future__ import annotations
 
+import ast
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,33 +47,65 @@ def test_what_is_forced_and_cannot_run_is_refused(monkeypatch):
 
 
 def test_forced_implementation_is_the_one_that_runs(monkeypatch):
-    ran, stats = [], K.stats  # made before the modules below are patched
+    ran = []
     for name in ("reference", "cpu"):
         module = dispatch.load(name, "stats")
-        monkeypatch.setattr(module, "stats", lambda x, name=name: ran.append(name))
+        monkeypatch.setattr(module, "stats", lambda x, memory, out, name=name: ran.append(name))
     for name in ("reference", "cpu"):
         monkeypatch.setenv(dispatch.ENVIRONMENT, name)
-        stats(torch.ones(3))
-        stats(x=torch.ones(3))
-    assert ran == ["reference", "reference", "cpu", "cpu"]
+        K.stats(torch.ones(3))
+        K.stats(x=torch.ones(3))
+    with dispatch.running("reference"):
+        K.stats(torch.ones(3))
+    assert ran == ["reference", "reference", "cpu", "cpu", "reference"]
 
 
 @pytest.mark.parametrize("name", dispatch.FAMILY_OF)
-def test_every_function_has_three_implementations_with_one_signature(name):
-    """Parameter names, order and defaults are equal, so that a call valid in one is valid in all."""
+def test_every_front_has_three_bodies_with_one_signature(name):
+    """Names and order of the parameters are equal; no body has a default, since the front gives every argument."""
 
     def parameters(implementation):
         function = getattr(dispatch.load(implementation, dispatch.FAMILY_OF[name]), name)
         return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
 
     assert parameters("cpu") == parameters("reference") == parameters("triton")
-    assert getattr(K, name).__doc__, "a public function is documented"
+    assert all(default is inspect.Parameter.empty for _, _, default in parameters("cpu"))
+    for word in ("Returns:", "Raises:", *(p for p in inspect.signature(getattr(K, name)).parameters)):
+        assert word in getattr(K, name).__doc__, f"{name} does not document {word}"
 
 
-def test_the_table_is_the_public_interface():
-    assert set(K.__all__) == {*dispatch.FAMILY_OF, "Key", "layout", "uniform16"}
+def test_names_are_those_of_the_fronts_for_python_and_for_type_checkers():
+    assert set(K.__all__) == set(dir(K)) == {*dispatch.FAMILY_OF, "Key", "layout", "uniform16"}
     with pytest.raises(AttributeError, match="no attribute 'sign_encoded'"):
         K.sign_encoded  # noqa: B018
+    stars = {
+        node.module
+        for node in ast.walk(ast.parse(Path(K.__file__).read_text()))
+        if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"
+    }
+    assert stars == {f"ops.{family}" for family in dispatch.FAMILY_OF.values()}
+
+
+def test_a_new_kernel_is_a_front_and_three_bodies(tmp_path):
+    """Written into a copy of the package; nothing else is touched."""
+    import shutil
+
+    package = Path(K.__file__).resolve().parent
+    copy = tmp_path / "outer" / "kernels"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(Path(K.__file__).parents[1] / "errors.py", tmp_path / "outer" / "errors.py")
+    (tmp_path / "outer" / "__init__.py").write_text("")
+    front = (
+        "\n\ndef negate(x: Tensor) -> Tensor:\n    out = torch.empty_like(x)\n"
+        "    _bodies(x).negate(x, out)\n    return out\n"
+    )
+    bodies = "\n\ndef negate(x, out):\n    torch.neg(x, out=out)\n"
+    for folder, text in (("ops", front), ("reference", bodies), ("cpu", "\nimport torch\n" + bodies), ("gpu", bodies)):
+        with (copy / folder / "stats.py").open("a") as file:
+            file.write(text)
+    script = "import torch; from outer import kernels as K; print(K.negate(torch.ones(2)).tolist())"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[-1.0, -1.0]", done.stderr
 
 
 def test_missing_dependency_is_named_with_its_remedy():
@@ -84,11 +118,14 @@ def test_missing_dependency_is_named_with_its_remedy():
     assert "UnsupportedError" in done.stderr and "pip install numba" in done.stderr
 
 
-def test_importing_the_package_imports_neither_numba_nor_triton():
+def test_importing_the_package_imports_nothing_and_a_name_only_torch():
     script = (
-        "import sys, torch; torch_brings = set(sys.modules)\n"
-        "from compression_plugins import triton_kernels as K; K.sign_encode\n"
+        "import sys\n"
+        "from compression_plugins import triton_kernels as K\n"
+        "print([m for m in ('torch', 'numba', 'triton') if m in sys.modules])\n"
+        "import torch; torch_brings = set(sys.modules)\n"
+        "K.sign_encode\n"
         "print([m for m in ('numba', 'triton') if m in sys.modules and m not in torch_brings])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "[]", done.stderr
+    assert done.stdout.split("\n")[:2] == ["[]", "[]"], done.stdout + done.stderr

@@ -10,7 +10,7 @@ import torch
 from compression_plugins import triton_kernels as K
 from compression_plugins.errors import CompressionError
 from compression_plugins.triton_kernels import philox
-from compression_plugins.triton_kernels.checks import draws_of, keep_left_below
+from compression_plugins.triton_kernels.layout import draws_of, keep_left_below
 
 from . import sparse_checks as checks
 

@@ -40,7 +40,6 @@ def test_any_multiple_of_32_is_a_block(implementation, block):
 @pytest.mark.parametrize("numel, block", [(1, 64), (1009, 64), (4999, 4128)])
 def test_reduce_is_decode_average_encode(implementation, ranks, numel, block):
     checks.check_reduce("sign", implementation, numel, block, ranks)
-    checks.check_reduce("sign", implementation, numel, block, ranks, (0.3, 0.9, 0.7))
 
 
 @pytest.mark.parametrize("implementation", ALL)
@@ -48,13 +47,6 @@ def test_reduce_is_decode_average_encode(implementation, ranks, numel, block):
 @pytest.mark.parametrize("numel", [0, 1, 33, 3001])
 def test_vote_is_the_majority_and_a_tie_gives_one(implementation, ranks, numel):
     checks.check_vote(implementation, numel, ranks)
-
-
-@pytest.mark.parametrize("implementation", ALL)
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("numel", [0, 1, 1009])
-def test_apply_is_decode_then_descent(implementation, momentum, numel):
-    checks.check_apply("sign", implementation, numel, BLOCK, momentum)
 
 
 @pytest.mark.parametrize("implementation", ALL)
@@ -147,8 +139,6 @@ def test_scale_of_a_huge_finite_block_is_finite():
         (lambda m, x: m.sign_decode(m.sign_encode(x, 64), 100, 64, accumulate=True), "needs out="),
         (lambda m, x: m.sign_decode(m.sign_encode(x, 64), 100, 64, out=x.half()), "out must be"),
         (lambda m, x: m.sign_reduce(m.sign_encode(x, 64), 100, 64), "shape"),
-        (lambda m, x: m.sign_reduce(m.sign_encode(x, 64)[None], 100, 64, residual=x[:9].clone()), "residual must be"),
-        (lambda m, x: m.sign_apply(m.sign_encode(x, 64), x, 64, 0.1, x.half(), 0.9), "momentum_buffer must be"),
         (lambda m, x: m.sign_draw(x.double(), checks.KEY), "fp32, fp16 or bf16"),
         (lambda m, x: m.sign_draw(x, checks.KEY, out=x.new_empty(16, dtype=torch.uint8)), "20 bytes"),
     ],

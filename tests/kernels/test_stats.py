@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compression_plugins import triton_kernels as K
+from compression_plugins.errors import CompressionError
+
 from . import dense_checks as checks
 
 ALL = ("reference", *checks.FAST)
@@ -38,3 +41,8 @@ def test_sums_of_huge_numbers_are_carried_in_fp64(implementation):
     result = checks.fast(implementation, "stats").stats(x).tolist()
     assert result[0] == pytest.approx(1e30) and result[1] == pytest.approx(1e30)
     assert result[2] == float("inf")  # 1e60 is beyond fp32
+
+
+def test_a_lazily_negated_view_is_refused():
+    with pytest.raises(CompressionError, match="resolve_neg"):
+        K.stats(torch.complex(torch.ones(8), torch.ones(8)).conj().imag)

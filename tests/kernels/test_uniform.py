@@ -51,14 +51,6 @@ def test_any_multiple_of_32_is_a_block(implementation, block):
 @pytest.mark.parametrize("numel, block", [(1, 64), (1009, 64), (4999, 4128)])
 def test_reduce_is_decode_average_encode(implementation, ranks, numel, block):
     checks.check_reduce("uniform", implementation, numel, block, ranks)
-    checks.check_reduce("uniform", implementation, numel, block, ranks, DAMPED)
-
-
-@pytest.mark.parametrize("implementation", ALL)
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("numel", [0, 1, 1009])
-def test_apply_is_decode_then_descent(implementation, momentum, numel):
-    checks.check_apply("uniform", implementation, numel, BLOCK, momentum)
 
 
 @pytest.mark.parametrize("implementation", ALL)

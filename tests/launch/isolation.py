@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launch import netlab
+from launch.lab import netlab
 
 #: Without namespaces the bytes are those of this machine's loopback, which everybody shares.
 counts_bytes = pytest.mark.alone if netlab.available() else pytest.mark.hosts

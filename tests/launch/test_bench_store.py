@@ -15,7 +15,7 @@ from launch.bench.cells import Cell
 from launch.bench.runner import Runner, expected_s
 from launch.bench.settings import Choice
 from launch.bench.store import Store, read
-from launch.jobs import Job, JobError, Loopback
+from launch.lab.jobs import Job, JobError, Loopback
 
 from .isolation import counts_bytes
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import netlab
-from launch.jobs import Job, JobError
-from launch.netlab import NetLab
+from launch.lab import netlab
+from launch.lab.jobs import Job, JobError
+from launch.lab.netlab import NetLab
 
 pytestmark = pytest.mark.alone
 
@@ -125,7 +125,7 @@ def test_an_exception_leaves_no_trace() -> None:
 @pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_owner_leaves_no_trace_and_no_process(sig: signal.Signals) -> None:
     program = (
-        "import time; from launch.netlab import NetLab\n"
+        "import time; from launch.lab.netlab import NetLab\n"
         "with NetLab(hosts=2) as lab:\n"
         "    job = lab.on_hosts([['sleep', '600']]); print(lab._prefix, job._processes[0].pid, flush=True)\n"
         "    time.sleep(600)\n"

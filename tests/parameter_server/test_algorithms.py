@@ -150,27 +150,27 @@ def state_at(distance: float) -> State:
 
 
 def test_the_model_is_sent_with_exactly_the_bits_of_the_mu_rule() -> None:
-    chosen, key = options(), Key(0, 0, 0, 0)
-    widths = [algorithms.mu_rule_model(state_at(2.0**-k), chosen, key, 0).bits for k in range(9)]
+    mu, key = options().mu, Key(0, 0, 0, 0)
+    widths = [algorithms.mu_rule_model(state_at(2.0**-k), mu, key, 0).bits for k in range(9)]
     assert widths == list(range(widths[0], widths[0] + 9)), "one bit more each time the distance to x~ halves"
     assert any(width % 2 for width in widths), "odd widths are sent as they are"
 
 
 def test_a_model_at_the_snapshot_sends_nothing_and_one_next_to_it_full_precision() -> None:
-    chosen, key = options(), Key(0, 0, 0, 0)
-    at = algorithms.mu_rule_model(state_at(0.0), chosen, key, 0)
+    mu, key = options().mu, Key(0, 0, 0, 0)
+    at = algorithms.mu_rule_model(state_at(0.0), mu, key, 0)
     assert (at.bits, at.payload.numel()) == (0, 0)
-    near = algorithms.mu_rule_model(state_at(1e-5), chosen, key, 0)
+    near = algorithms.mu_rule_model(state_at(1e-5), mu, key, 0)
     assert (near.bits, near.bits_counted) == (32, 32 * 4000)
     tiny = state_at(0.0)
     tiny.x[0] += 1e-30
     tiny.x[0] = torch.nextafter(tiny.x[0], torch.tensor(5.0))
-    assert algorithms.mu_rule_model(tiny, chosen, key, 0).bits == 32, "never mistaken for the snapshot"
+    assert algorithms.mu_rule_model(tiny, mu, key, 0).bits == 32, "never mistaken for the snapshot"
 
 
 def test_a_zero_difference_sends_nothing() -> None:
     for up in (algorithms.quantized_gradient, algorithms.sparse_gradient):
-        message = up(torch.zeros(100), options(), Key(0, 0, 0, 0), 4)
+        message = up(torch.zeros(100), 8, 1.0, Key(0, 0, 0, 0), 4)
         assert (message.kind, message.bits, message.payload.numel()) == (Kind.GRADIENT, 0, 0)
 
 
@@ -188,11 +188,12 @@ def test_quantization_errors_vanish_with_the_distance_to_the_snapshot() -> None:
         there = task.gradient(state.x, everything, 0)[1]
         errors = []
         for ticket in range(150):
-            down = algorithms.get("asylpg").send_model(state, chosen, ticket, 0)
+            down = algorithms.get("asylpg").send_model(state, chosen.mu, chosen.seed, ticket, 0)
             batch = draw(chosen, 0, ticket, everything)
             alpha = task.gradient(messages.vector(down, task.numel), batch, 0)[1]
             alpha -= task.gradient(state.snapshot, batch, 0)[1]
-            zeta = messages.vector(algorithms.get("asylpg").send_gradient(alpha, chosen, ticket, 0), task.numel)
+            up = algorithms.get("asylpg").send_gradient(alpha, chosen.bits, 1.0, chosen.seed, ticket, 0)
+            zeta = messages.vector(up, task.numel)
             errors.append((zeta + full - there).square().sum())
         ratio = task.numel / (4 * 7**2)
         bound = smooth**2 * ((ratio + 1) * 1.5 + 0.5) * distance**2

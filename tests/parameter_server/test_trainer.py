@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -35,6 +35,37 @@ class Dictionaries(Dataset[dict[str, Tensor]]):
 
 def forward(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(model(batch["x"]), batch["y"])
+
+
+class Pair(NamedTuple):
+    """Inputs of a model that takes two; a batch is (Pair, target)."""
+
+    left: Tensor
+    right: Tensor
+
+
+class Tuples(Dictionaries):
+    """Samples ((left half, right half), target, weight): tuples, nested and of three."""
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = data()[index]
+        return Pair(x[:5], x[5:]), y, torch.ones(())
+
+
+class TwoInputs(nn.Module):
+    """Takes two tensors, which no caller that knows only a batch could guess."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.top = norm, linear()
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.top(self.norm(torch.cat([left, right], 1)))
+
+
+def weighted(model: nn.Module, batch: tuple[Pair, Tensor, Tensor]) -> Tensor:
+    (left, right), targets, weights = batch
+    return (nn.functional.cross_entropy(model(left, right), targets, reduction="none") * weights).mean()
 
 
 class Stream(IterableDataset[Tensor]):
@@ -95,6 +126,45 @@ def test_batches_of_any_form_with_forward() -> None:
     assert [row.loss for row in trainer.fit()] == pytest.approx([row.loss for row in plain.fit()])
     with pytest.raises(CompressionError, match="give forward="):
         AsyncTrainer(linear(), nn.functional.cross_entropy, Dictionaries(), delays=[0], **FAST).fit()
+
+
+def trained(kind: str, norm: nn.Module) -> AsyncTrainer:
+    """A trainer after `fit`, on batches of this kind; `norm` sees the ten features."""
+    if kind == "tuples":
+        trainer = AsyncTrainer(TwoInputs(norm), None, Tuples(), forward=weighted, delays=[0], **FAST)
+    elif kind == "dicts":
+        model = nn.Sequential(norm, linear())
+        loader = DataLoader(Dictionaries(), batch_size=89)  # its last batch is one sample, which cannot be normalised
+        trainer = AsyncTrainer(model, None, loader, forward=forward, delays=[0], snapshot_batch=89, **FAST)
+    else:
+        trainer = AsyncTrainer(nn.Sequential(norm, linear()), nn.CrossEntropyLoss(), data(), delays=[0], **FAST)
+    assert len(trainer.fit()) == FAST["epochs"]
+    return trainer
+
+
+@pytest.mark.parametrize("kind", ["pairs", "dicts", "tuples"])
+def test_running_statistics_are_those_of_all_data_for_batches_of_any_form(kind: str) -> None:
+    norm, inputs = nn.BatchNorm1d(10, momentum=0.3), data().tensors[0]
+    trained(kind, norm)
+    assert torch.allclose(norm.running_mean, inputs.mean(0), atol=1e-6)  # type: ignore[arg-type]
+    assert torch.allclose(norm.running_var, inputs.var(0), rtol=0.1)  # type: ignore[arg-type]
+    assert norm.momentum == 0.3 and norm.training
+
+
+@pytest.mark.parametrize("kind", ["pairs", "dicts", "tuples"])
+def test_a_model_without_batch_normalisation_is_not_run_once_more(kind: str) -> None:
+    calls = []
+    norm = nn.Identity()
+    norm.register_forward_hook(lambda module, *_: calls.append(1) if module is norm else None)
+    trainer = trained(kind, norm)
+    assert not calls, "training uses a copy, and nothing is estimated at the end"
+    assert trainer.loss() < 0.6
+
+
+def test_frozen_batch_normalisation_keeps_the_statistics_it_was_trained_with() -> None:
+    norm = nn.BatchNorm1d(10).eval()
+    trained("dicts", norm)
+    assert not norm.running_mean.any() and not norm.training  # type: ignore[union-attr]
 
 
 def test_a_checkpoint_continues_bit_for_bit(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from numba import float32, int32, uint8, uint16, uintp
 from ._jit import jit
 
 _I = np.int32
-_MAGNITUDE, _INFINITY = _I(0x7FFFFFFF), _I(0x7F800000)
+_MAGNITUDE, _INFINITY, _NAN = _I(0x7FFFFFFF), _I(0x7F800000), _I(0x7FC00000)
 _BF16_NAN, _FP16_NAN, _FP16_INFINITY = _I(0x7FC0), _I(0x7E00), _I(0x7C00)
 _FP16_REBIAS = np.float32(2.0**112)  # moves an fp16 exponent field to its place in fp32, subnormals included
 _FP16_OVERFLOW, _FP16_NORMAL = _I((127 + 16) << 23), _I((127 - 14) << 23)
@@ -72,11 +72,12 @@ def to_fp16(p, count, codes, first, scratch):
 
 @jit()
 def from_fp8(codes, first, count, p, scale):
-    """``p = e4m3(codes) * scale``; no NaN codes."""
+    """``p = e4m3(codes) * scale``."""
     bits, first = p.view(np.int32), uintp(first)
     for i in range(uintp(count)):
         magnitude = int32(int32(codes[first + i]) & _I(0x7F))
-        bits[i] = int32(int32(magnitude << _I(20)) + _I(120 << 23))
+        number = int32(int32(magnitude << _I(20)) + _I(120 << 23))
+        bits[i] = _NAN if magnitude == _I(0x7F) else number
     for i in range(uintp(count)):
         magnitude = int32(int32(codes[first + i]) & _I(0x7F))
         p[i] = p[i] if magnitude >= _I(8) else float32(magnitude) * _FP8_SUBNORMAL

@@ -6,7 +6,6 @@ Numba's own loop vectorises too, but four counters wide, and then waits for the 
 
 from __future__ import annotations
 
-import numpy as np
 from llvmlite import ir
 from numba import types, uint32, uintp
 from numba.core import cgutils
@@ -20,9 +19,14 @@ _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(_I64, LANES)
 
 
-def words_of(key: Key | None) -> tuple:
-    """The six key and counter words as uint32, zeros for no key."""
-    return tuple(np.uint32(word) for word in (key.words() if key is not None else (0,) * 6))
+def words_of(key: Key | None) -> tuple[int, ...]:
+    """The six key and counter words, zeros for no key; a kernel makes them uint32 with `key_of`."""
+    return key.words() if key is not None else (0,) * 6
+
+
+@jit()
+def key_of(seed, tensor, first, step, rank, stream):
+    return uint32(seed), uint32(tensor), uint32(first), uint32(step), uint32(rank), uint32(stream)
 
 
 def _constant(*values: int) -> ir.Constant:

@@ -12,51 +12,58 @@ import torch
 from numba import float32, int32, uintp
 
 from ..layout import Memory
+from ._arrays import floats, unsigned16
 from ._floats import from_bf16, from_fp16
 from ._jit import jit
 
 TILE = 1024  # elements; source, residual and three buffers of a tile fit in 32 KiB
 
 FP32, BF16, FP16 = 0, 1, 2
-_EMPTY_FLOAT, _EMPTY_HALF = np.empty(0, np.float32), np.empty(0, np.uint16)
+_KINDS = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
 _MAGNITUDE, _INFINITY = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
+NO_SOURCE = 0, FP32
+NO_MEMORY = 0, 0, 0.0, 0.0, 0.0
 
 
-def source(x: torch.Tensor) -> tuple[np.ndarray, np.ndarray, int]:
-    """``(fp32 array, raw 16-bit array, kind)`` for `load`; a non-contiguous x is copied once."""
-    x = x.detach().contiguous()
-    if x.dtype == torch.float32:
-        return x.numpy(), _EMPTY_HALF, FP32
-    return _EMPTY_FLOAT, x.view(torch.uint16).numpy(), BF16 if x.dtype == torch.bfloat16 else FP16
+def source(x: torch.Tensor) -> tuple[int, int]:
+    """``(address, kind)`` of a contiguous x, for `load`."""
+    return x.data_ptr(), _KINDS[x.dtype]
 
 
-NO_SOURCE = _EMPTY_FLOAT, _EMPTY_HALF, FP32
-
-
-def factors(memory: Memory) -> tuple:
-    """``(residual array, whether there is one, alpha, decay, sent)`` for the kernels."""
-    r = memory.residual
-    array = _EMPTY_FLOAT if r is None else r.detach().numpy()
-    return array, r is not None, np.float32(memory.alpha), np.float32(memory.decay), np.float32(memory.sent)
-
-
-def descent(param: torch.Tensor, momentum_buffer: torch.Tensor | None, lr: float, momentum: float) -> tuple:
-    """``(param, momentum array, whether there is one, lr, momentum)`` for the kernels."""
-    m = _EMPTY_FLOAT if momentum_buffer is None else momentum_buffer.detach().numpy()
-    return param.detach().numpy(), m, momentum_buffer is not None, np.float32(lr), np.float32(momentum)
+def factors(memory: Memory | None) -> tuple[int, int, float, float, float]:
+    """Addresses of the memory and of what it becomes, and ``alpha, decay, sent``, for `memory_of`."""
+    if memory is None:
+        return NO_MEMORY
+    r, updated, alpha, decay, sent = memory
+    return r.data_ptr(), updated.data_ptr(), float(alpha), float(decay), float(sent)
 
 
 @jit()
-def load(x32, x16, kind, start, count, p):
-    """``p[:count] = fp32(x[start : start + count])``."""
+def memory_of(numel, r, updated, alpha, decay, sent):
+    """Arrays and fp32 factors of the five arguments that `factors` makes."""
+    return floats(r, numel), floats(updated, numel), float32(alpha), float32(decay), float32(sent)
+
+
+@jit()
+def load(x, kind, start, count, p):
+    """``p[:count] = fp32(x[start : start + count])``, x at an address."""
     if kind == BF16:
-        from_bf16(x16, start, count, p)
+        from_bf16(unsigned16(x, start + count), start, count, p)
     elif kind == FP16:
-        from_fp16(x16, start, count, p)
+        from_fp16(unsigned16(x, start + count), start, count, p)
     else:
+        values = floats(x, start + count)
         start, count = uintp(start), uintp(count)
         for i in range(count):
-            p[i] = x32[start + i]
+            p[i] = values[start + i]
+
+
+@jit()
+def copy(r, updated, start, count):
+    """``updated = r``: the memory of what is not finite, where it goes elsewhere."""
+    start, count = uintp(start), uintp(count)
+    for i in range(count):
+        updated[start + i] = r[start + i]
 
 
 @jit()
@@ -74,11 +81,11 @@ def compensate(p, kept, r, start, count, alpha, decay):
 
 
 @jit()
-def remember(r, kept, q, start, count, sent):
-    """``r = kept - sent * q``."""
+def remember(updated, kept, q, start, count, sent):
+    """``updated = kept - sent * q``."""
     start, count = uintp(start), uintp(count)
     for i in range(count):
-        r[start + i] = kept[i] - sent * q[i]
+        updated[start + i] = kept[i] - sent * q[i]
 
 
 @jit()
@@ -143,16 +150,3 @@ def divide(p, count, by):
 def add(p, q, count):
     for i in range(count):
         p[i] = p[i] + q[i]
-
-
-@jit()
-def descend(update, param, m, has_m, start, count, lr, momentum):
-    """``param -= lr * update``, through ``m = momentum * m + update`` with a momentum buffer."""
-    start, count = uintp(start), uintp(count)
-    if has_m:
-        for i in range(count):
-            update[i] = momentum * m[start + i] + update[i]
-        for i in range(count):
-            m[start + i] = update[i]
-    for i in range(count):
-        param[start + i] = param[start + i] - lr * update[i]

@@ -1,14 +1,13 @@
-"""Numba kernels of the float casts; contracts in reference/cast.py."""
+"""Numba kernels of the float casts; contracts in ops/cast.py."""
 
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numba import float32, int32, uintp
 
-from .. import layout
-from ..layout import FP8_MAX, Memory
+from ..layout import FP8_MAX
 from . import _tile
+from ._arrays import floats, unsigned8, unsigned16
 from ._floats import from_bf16, from_fp8, from_fp16, to_bf16, to_fp8, to_fp16
 from ._jit import jit
 from ._tile import (
@@ -17,19 +16,19 @@ from ._tile import (
     TILE,
     add,
     compensate,
+    copy,
     divide,
     finite_bits,
     float_of,
     load,
     max_magnitude_bits,
+    memory_of,
     remember,
     store,
 )
 
 _HALF = {"bf16": BF16, "fp16": FP16}
 _MAX, _INFINITE = np.float32(FP8_MAX), np.float32(np.inf)
-_NO_PAYLOADS = np.empty(0, np.float32), np.empty(0, np.uint8), 0
-_NO_HALVES = np.empty(0, np.uint16), 0
 
 
 @jit()
@@ -41,17 +40,22 @@ def _expand_half(codes, first, kind, count, q):
 
 
 @jit()
-def _remember_finite(r, kept, q, start, count, sent):
-    """``r = kept - sent * q`` where q is finite."""
+def _remember_finite(updated, kept, q, start, count, sent):
+    """``updated = kept - sent * q`` where q is finite."""
     start = uintp(start)
     for i in range(uintp(count)):
-        updated = kept[i] - sent * q[i]
-        r[start + i] = updated if abs(q[i]) < _INFINITE else r[start + i]
+        new = kept[i] - sent * q[i]
+        updated[start + i] = new if abs(q[i]) < _INFINITE else updated[start + i]
 
 
 @jit()
-def _encode_half(x32, x16, source, in_codes, ranks, numel, kind, r, has_r, alpha, decay, sent, codes):
-    """Encodes x or, if ``ranks`` > 0, the average of that many payloads that stand end to end in ``in_codes``."""
+def _encode_half(
+    x, source, payloads, ranks, numel, kind, r_at, updated_at, alpha64, decay64, sent64, out
+):  # fmt: skip
+    """Encodes x or, if ``ranks`` > 0, the average of that many payloads that stand end to end."""
+    size = (numel + 1) // 2 * 2
+    in_codes, codes = unsigned16(payloads, ranks * size), unsigned16(out, size)
+    r, updated, alpha, decay, sent = memory_of(numel, r_at, updated_at, alpha64, decay64, sent64)
     p, q = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     kept = p if alpha == decay else np.empty(TILE, np.float32)
     for start in range(0, numel, TILE):
@@ -59,20 +63,22 @@ def _encode_half(x32, x16, source, in_codes, ranks, numel, kind, r, has_r, alpha
         if ranks:
             _expand_half(in_codes, start, kind, count, p)
             for rank in range(1, ranks):
-                _expand_half(in_codes, rank * codes.size + start, kind, count, q)
+                _expand_half(in_codes, rank * size + start, kind, count, q)
                 add(p, q, count)
             divide(p, count, ranks)
         else:
-            load(x32, x16, source, start, count, p)
-        if has_r:
+            load(x, source, start, count, p)
+        if r_at:
             compensate(p, kept, r, start, count, alpha, decay)
         if kind == BF16:
             to_bf16(p, count, codes, start)
         else:
             to_fp16(p, count, codes, start, q)
-        if has_r:
+        if r_at:
+            if r_at != updated_at:
+                copy(r, updated, start, count)
             _expand_half(codes, start, kind, count, q)
-            _remember_finite(r, kept, q, start, count, sent)
+            _remember_finite(updated, kept, q, start, count, sent)
     codes[numel:] = 0
 
 
@@ -88,10 +94,26 @@ def _mean_fp8(scales, codes, ranks, blocks, start, block, count, p, q):
 
 
 @jit()
+def _views(payloads, ranks, numel, block):
+    """Scales and code bytes of fp8 payloads that stand end to end: two arrays over all of their memory."""
+    count = ranks * ((numel + block - 1) // block + (numel + 3) // 4)
+    return floats(payloads, count), unsigned8(payloads, 4 * count)
+
+
+@jit()
 def _encode_fp8(
-    x32, x16, source, in_scales, in_codes, ranks, numel, block, r, has_r, alpha, decay, sent, scales, codes
+    x, source, payloads, ranks, numel, block, r_at, updated_at, alpha64, decay64, sent64, out
 ):  # fmt: skip
-    """Encodes x or, if ``ranks`` > 0, the average of that many payloads, given as two views of the same memory."""
+    """Encodes x or, if ``ranks`` > 0, the average of that many payloads."""
+    given, sent = _views(payloads, ranks, numel, block), _views(out, 1, numel, block)
+    memory = memory_of(numel, r_at, updated_at, alpha64, decay64, sent64)
+    _encode_blocks(x, source, *given, ranks, numel, block, r_at != 0, r_at != updated_at, *memory, *sent)
+
+
+@jit()
+def _encode_blocks(
+    x, source, in_scales, in_codes, ranks, numel, block, has_r, apart, r, updated, alpha, decay, sent, scales, codes
+):  # fmt: skip
     blocks = (numel + block - 1) // block
     tile = min(block, TILE)
     p, q = np.empty(tile, np.float32), np.empty(tile, np.float32)
@@ -101,7 +123,7 @@ def _encode_fp8(
         if ranks:
             _mean_fp8(in_scales, in_codes, ranks, blocks, start, block, count, p, q)
         else:
-            load(x32, x16, source, start, count, p)
+            load(x, source, start, count, p)
         if has_r:
             for i in range(count):
                 kept[i] = p[i]
@@ -132,21 +154,26 @@ def _encode_fp8(
                 codes[place : place + count] = 0
             if has_r and finite:
                 from_fp8(codes, place, count, q, scale)
-                remember(r, kept, q, start, count, sent)
+                remember(updated, kept, q, start, count, sent)
+            elif apart:
+                copy(r, updated, start, count)
     codes[4 * blocks + numel :] = 0
 
 
 @jit()
-def _decode_half(codes, numel, kind, out, weight, accumulate):
+def _decode_half(payload, numel, kind, out, weight, accumulate):
+    codes, result, factor = unsigned16(payload, numel), floats(out, numel), float32(weight)
     q = np.empty(TILE, np.float32)
     for start in range(0, numel, TILE):
         count = min(TILE, numel - start)
         _expand_half(codes, start, kind, count, q)
-        store(q, out, start, count, weight, accumulate)
+        store(q, result, start, count, factor, accumulate)
 
 
 @jit()
-def _decode_fp8(scales, codes, numel, block, out, weight, accumulate):
+def _decode_fp8(payload, numel, block, out, weight, accumulate):
+    scales, codes = _views(payload, 1, numel, block)
+    result, factor = floats(out, numel), float32(weight)
     blocks = (numel + block - 1) // block
     tile = min(block, TILE)
     q = np.empty(tile, np.float32)
@@ -155,58 +182,28 @@ def _decode_fp8(scales, codes, numel, block, out, weight, accumulate):
         for start in range(b * block, last, tile):
             count = min(tile, last - start)
             from_fp8(codes, 4 * blocks + start, count, q, scales[b])
-            store(q, out, start, count, weight, accumulate)
+            store(q, result, start, count, factor, accumulate)
 
 
-def _views(payload):
-    """The memory of one or more fp8 payloads as ``(fp32, uint8)`` arrays."""
-    payload = payload.view(-1)
-    return payload.view(torch.float32).numpy(), payload.numpy()
+def cast_encode(x, kind, block, memory, out):
+    x = x.contiguous()
+    _encode(_tile.source(x), 0, 0, x.numel(), kind, block, _tile.factors(memory), out)
 
 
-def _halves(payload):
-    """The memory of one or more 16-bit payloads as a uint16 array."""
-    return payload.view(-1).view(torch.uint16).numpy()
-
-
-def cast_encode(x, kind, block, residual=None, alpha=1.0, decay=1.0, sent=1.0, out=None):
-    memory = Memory(residual, alpha, decay, sent)
-    layout.check_kind(kind)
-    layout.check_block(block)
-    layout.check_input(x, memory)
-    out = layout.payload_for(out, layout.cast_bytes(x.numel(), kind, block), x)
-    _encode(_tile.source(x), None, x.numel(), kind, block, memory, out)
-    return out
-
-
-def _encode(source, payloads, numel, kind, block, memory, out):
+def cast_decode(payload, numel, kind, block, out, weight, accumulate):
+    result = out.data_ptr(), float(weight), accumulate
     if kind == "fp8":
-        given = _NO_PAYLOADS if payloads is None else (*_views(payloads), len(payloads))
-        _encode_fp8(*source, *given, numel, block, *_tile.factors(memory), *_views(out))
+        _decode_fp8(payload.data_ptr(), numel, block, *result)
     else:
-        given = _NO_HALVES if payloads is None else (_halves(payloads), len(payloads))
-        _encode_half(*source, *given, numel, _HALF[kind], *_tile.factors(memory), _halves(out))
+        _decode_half(payload.data_ptr(), numel, _HALF[kind], *result)
 
 
-def cast_decode(payload, numel, kind, block, out=None, weight=1.0, accumulate=False):
-    layout.check_kind(kind)
-    layout.check_block(block)
-    layout.check_payload(payload, layout.cast_bytes(numel, kind, block))
-    out = layout.result_for(out, numel, payload, accumulate)
-    result = out.numpy(), np.float32(weight), accumulate
+def cast_reduce(payloads, numel, kind, block, out):
+    _encode(_tile.NO_SOURCE, payloads.data_ptr(), len(payloads), numel, kind, block, _tile.NO_MEMORY, out)
+
+
+def _encode(source, payloads, ranks, numel, kind, block, memory, out):
     if kind == "fp8":
-        _decode_fp8(*_views(payload), numel, block, *result)
+        _encode_fp8(*source, payloads, ranks, numel, block, *memory, out.data_ptr())
     else:
-        _decode_half(_halves(payload), numel, _HALF[kind], *result)
-    return out
-
-
-def cast_reduce(payloads, numel, kind, block, out=None, *, residual=None, alpha=1.0, decay=1.0, sent=1.0):
-    memory = Memory(residual, alpha, decay, sent)
-    layout.check_kind(kind)
-    layout.check_block(block)
-    layout.check_payloads(payloads, layout.cast_bytes(numel, kind, block))
-    layout.check_residual(memory, payloads, numel)
-    out = layout.payload_for(out, layout.cast_bytes(numel, kind, block), payloads)
-    _encode(_tile.NO_SOURCE, payloads, numel, kind, block, memory, out)
-    return out
+        _encode_half(*source, payloads, ranks, numel, _HALF[kind], *memory, out.data_ptr())

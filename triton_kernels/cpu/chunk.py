@@ -5,63 +5,33 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..checks import check_chunk, check_indices
-from ..layout import Memory, blocks, check_input
+from . import _tile
+from ._arrays import floats, signed32
 from ._jit import jit
+from ._tile import copy, memory_of
 
 GROUP = 8192  # elements; x, r and p of a group take 96 KiB
-MAGNITUDE = np.int32(
-    0x7FFFFFFF
-)  # fp32 without its sign: as integers, magnitudes keep their order and NaN and Inf come last
+MAGNITUDE = np.int32(0x7FFFFFFF)  # fp32 without its sign: as integers, magnitudes keep their order, NaN and Inf last
 INFINITE = np.int32(0x7F800000)
 
 
-def chunk_select(
-    x: torch.Tensor,
-    chunk: int,
-    residual: torch.Tensor | None = None,
-    alpha: float = 1.0,
-    decay: float = 1.0,
-    sent: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    memory = Memory(residual, alpha, decay, sent)
-    check_input(x, memory)
-    check_chunk(chunk)
-    indices = torch.empty(blocks(x.numel(), chunk), dtype=torch.int32)
-    return indices, _run(x, indices, chunk, memory, given=False)
+def chunk_select(x, chunk, memory, indices, values):
+    x = x.to(torch.float32).contiguous()
+    arguments = x.data_ptr(), x.numel(), chunk, *_tile.factors(memory)
+    _chunks(*arguments, indices.data_ptr(), values.data_ptr(), values.numel(), False)
 
 
-def chunk_gather(
-    x: torch.Tensor,
-    indices: torch.Tensor,
-    chunk: int,
-    residual: torch.Tensor | None = None,
-    alpha: float = 1.0,
-    decay: float = 1.0,
-    sent: float = 1.0,
-) -> torch.Tensor:
-    memory = Memory(residual, alpha, decay, sent)
-    check_input(x, memory)
-    check_chunk(chunk)
-    check_indices(indices, blocks(x.numel(), chunk), x)
-    return _run(x, indices.contiguous(), chunk, memory, given=True)
-
-
-def _run(x: torch.Tensor, indices: torch.Tensor, chunk: int, memory: Memory, given: bool) -> torch.Tensor:
-    source = x.detach().to(torch.float32).contiguous().numpy()
-    remembers = memory.residual is not None
-    residual = source[:0] if memory.residual is None else memory.residual.detach().numpy()
-    values = torch.empty(indices.numel(), dtype=torch.float32)
-    factors = np.array([memory.alpha, memory.decay, memory.sent], dtype=np.float32)
-    _chunks(source, residual, indices.numpy(), values.numpy(), chunk, factors, remembers, given)
-    return values
+def chunk_gather(x, indices, chunk, memory, values):
+    x, indices = x.to(torch.float32).contiguous(), indices.contiguous()
+    arguments = x.data_ptr(), x.numel(), chunk, *_tile.factors(memory)
+    _chunks(*arguments, indices.data_ptr(), values.data_ptr(), values.numel(), True)
 
 
 # LLVM vectorises the loops below as long as every value in them stays 32 bits wide; NumPy's promotion rules would widen
 # the integers, hence the np.int32 around each of them and plain comparisons for max and min.
 
 
-@jit
+@jit()
 def _largest(bits):
     """Largest magnitude, as an integer."""
     top = np.int32(0)
@@ -71,7 +41,7 @@ def _largest(bits):
     return top
 
 
-@jit
+@jit()
 def _first(bits, top):
     """Lowest index of the magnitude ``top``; a minimum over all elements is faster than a search that stops."""
     first = np.int32(bits.size)
@@ -81,25 +51,30 @@ def _first(bits, top):
     return first
 
 
-@jit
+@jit()
 def _remember(x, r, decay):
     for i in range(x.size):
         r[i] = decay * r[i] + x[i]
 
 
-@jit
-def _chunks(x, residual, indices, values, chunk, factors, remembers, given):
-    alpha, decay, sent = factors
-    chunks = indices.size
+@jit()
+def _chunks(
+    x_at, numel, chunk, r_at, updated_at, alpha64, decay64, sent64, indices_at, values_at, chunks, given
+):  # fmt: skip
+    x, indices, values = floats(x_at, numel), signed32(indices_at, chunks), floats(values_at, chunks)
+    memory, new, alpha, decay, sent = memory_of(numel, r_at, updated_at, alpha64, decay64, sent64)
+    remembers = r_at != 0
     group = max(1, GROUP // chunk)
-    buffer = np.empty(min(group * chunk, x.size), np.float32)
+    buffer = np.empty(min(group * chunk, numel) if remembers else 0, np.float32)
     for first in range(0, chunks, group):
         last = min(first + group, chunks)
         base = first * chunk
-        g = x[base : min(last * chunk, x.size)]
+        g = x[base : min(last * chunk, numel)]
         p = g
-        r = residual[base : base + g.size] if remembers else residual
+        r = new[base : base + g.size]
         if remembers:
+            if r_at != updated_at:
+                copy(memory, new, base, g.size)  # in the cache from here on, and updated in place
             p = buffer[: g.size]
             for i in range(g.size):
                 p[i] = g[i] + alpha * r[i]

@@ -1,92 +1,67 @@
-"""Numba kernels of the mergeable one-bit payloads; contracts in reference/fold.py."""
+"""Numba kernels of the mergeable one-bit payloads; contracts in ops/fold.py."""
 
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numba import float32, uint32, uintp
 
-from ..checks import check_bit_pair, check_residual, draws_of, keep_left_below
-from ..layout import check_buffer, check_payload, result_for, words
-from ..philox import Key
+from ..layout import draws_of
 from . import _philox, _tile
+from ._arrays import floats, unsigned32
 from ._bits import sign_mask, spread_mask
 from ._jit import jit
-from ._tile import TILE, load
+from ._philox import key_of
+from ._tile import TILE, copy, load
 
-_EVERY_DRAW = draws_of(0, 1)
-
-
-def bit_merge(left: torch.Tensor, right: torch.Tensor, a: int, b: int, key: Key) -> torch.Tensor:
-    check_bit_pair(left, right)
-    below = keep_left_below(a, b)
-    merged = torch.empty_like(left)
-    _merge(*(_words(bits) for bits in (left, right, merged)), np.float32(below), _philox.words_of(key))
-    return merged
+_EVERY_DRAW = 0, 65536
 
 
-def one_hot_signs(
-    x: torch.Tensor, rank: int, size: int, key: Key, residual: torch.Tensor | None = None
-) -> torch.Tensor:
-    check_residual(x, residual)
-    return _signs(x, residual, draws_of(rank, size), key)
+def bit_merge(left, right, below, key, merged):
+    words = left.numel() // 4
+    _merge(left.data_ptr(), right.data_ptr(), merged.data_ptr(), words, below, *_philox.words_of(key))
 
 
-def sign_bits(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-    check_residual(x, residual)
-    return _signs(x, residual, _EVERY_DRAW, None)
+def one_hot_signs(x, rank, size, key, memory, bits):
+    _signs(x, memory, bits, draws_of(rank, size), key)
 
 
-def signs_expand(
-    bits: torch.Tensor,
-    numel: int,
-    eta: float,
-    residual: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    check_payload(bits, 4 * words(numel, 1))
-    if residual is not None:
-        check_buffer(residual, bits, numel, "residual")
-    result = result_for(out, numel, bits, accumulate=False)
-    array, has_residual = _residual(residual)
-    _expand(_words(bits), result.numpy(), np.float32(eta), array, has_residual)
-    return result
+def sign_bits(x, memory, bits):
+    _signs(x, memory, bits, _EVERY_DRAW, None)
 
 
-def _words(bits: torch.Tensor) -> np.ndarray:
-    return bits.view(torch.uint32).numpy()
+def signs_expand(bits, numel, eta, memory, result):
+    _expand(bits.data_ptr(), numel, result.data_ptr(), float(eta), *_tile.factors(memory)[:2])
 
 
-def _residual(residual: torch.Tensor | None) -> tuple[np.ndarray, bool]:
-    if residual is None:
-        return np.empty(0, np.float32), False
-    return residual.detach().numpy(), True
+def _signs(x, memory, bits, draws, key):
+    x = x.contiguous()
+    r, updated = _tile.factors(memory)[:2]
+    words = _philox.words_of(key)
+    _encode(*_tile.source(x), x.numel(), r, updated, bits.data_ptr(), *draws, key is not None, *words)
 
 
-def _signs(x: torch.Tensor, residual: torch.Tensor | None, draws: tuple[int, int], key: Key | None) -> torch.Tensor:
-    bits = torch.empty(4 * words(x.numel(), 1), dtype=torch.uint8)
-    low, high = (np.float32(draw) for draw in draws)
-    source, memory = _tile.source(x), _residual(residual)
-    _encode(*source, x.numel(), *memory, _words(bits), low, high, key is not None, _philox.words_of(key))
-    return bits
-
-
-@jit
-def _encode(x32, x16, kind, numel, r, has_r, words, low, high, has_key, key):
+@jit()
+def _encode(
+    x, kind, numel, r_at, updated_at, bits, low, high, has_key, seed, tensor, first, step, rank, stream
+):  # fmt: skip
     """Bits of ``(p >= 0) & (low <= h < high)``, without the second term for no key."""
+    r, updated = floats(r_at, numel), floats(updated_at, numel)
+    words = unsigned32(bits, (numel + 31) // 32)
+    lowest, end = float32(low), float32(high)
+    key = key_of(seed, tensor, first, step, rank, stream)
     p = np.empty(TILE, np.float32)
     random = np.empty(TILE // 2, np.uint32)
     draw = random.view(np.uint16)
     for start in range(0, numel, TILE):
         count = min(TILE, numel - start)
-        load(x32, x16, kind, start, count, p)
-        if has_r:
-            _add_and_keep(p, r, start, count)
+        load(x, kind, start, count, p)
+        if r_at:
+            _add_and_keep(p, r, updated, start, count, r_at != updated_at)
         if has_key:
             _philox.fill(random, (count + 7) // 8, start // 8, key)
             for i in range(uintp(count)):
                 h = float32(draw[i])
-                p[i] = p[i] if low <= h and h < high else float32(-1)
+                p[i] = p[i] if lowest <= h and h < end else float32(-1)
         padded = (count + 31) // 32
         for i in range(count, 32 * padded):
             p[i] = float32(-1)
@@ -94,40 +69,53 @@ def _encode(x32, x16, kind, numel, r, has_r, words, low, high, has_key, key):
             words[start // 32 + w] = sign_mask(p, 32 * w)
 
 
-@jit
-def _add_and_keep(p, r, start, count):
+@jit()
+def _add_and_keep(p, r, updated, start, count, apart):
+    """Two loops, since one over two arrays that may be the same memory would not vectorise."""
     start = uintp(start)
-    for i in range(uintp(count)):
-        p[i] = p[i] + r[start + i]
-        r[start + i] = p[i]
+    if apart:
+        for i in range(uintp(count)):
+            p[i] = p[i] + r[start + i]
+            updated[start + i] = p[i]
+    else:
+        for i in range(uintp(count)):
+            p[i] = p[i] + updated[start + i]
+            updated[start + i] = p[i]
 
 
-@jit
-def _merge(left, right, merged, below, key):
+@jit()
+def _merge(left_at, right_at, merged_at, size, below, seed, tensor, first, step, rank, stream):
+    left, right, merged = unsigned32(left_at, size), unsigned32(right_at, size), unsigned32(merged_at, size)
+    key = key_of(seed, tensor, first, step, rank, stream)
+    limit = float32(below) - float32(1)
     margin = np.empty(TILE, np.float32)
     random = np.empty(TILE // 2, np.uint32)
     draw = random.view(np.uint16)
-    for start in range(0, left.size, TILE // 32):
-        count = min(TILE // 32, left.size - start)
+    for start in range(0, size, TILE // 32):
+        count = min(TILE // 32, size - start)
         _philox.fill(random, 4 * count, 4 * start, key)
         for i in range(uintp(32 * count)):
-            margin[i] = below - float32(1) - float32(draw[i])  # >= 0 where h < below, exact
+            margin[i] = limit - float32(draw[i])  # >= 0 where h < below, exact
         for w in range(count):
             a, b = left[start + w], right[start + w]
             merged[start + w] = uint32(b ^ ((a ^ b) & sign_mask(margin, 32 * w)))
 
 
-@jit
-def _expand(words, result, eta, r, has_r):
+@jit()
+def _expand(bits, numel, result_at, eta64, r_at, updated_at):
+    words, result, eta = unsigned32(bits, (numel + 31) // 32), floats(result_at, numel), float32(eta64)
+    r, updated = floats(r_at, numel), floats(updated_at, numel)
     tail = np.empty(32, np.float32)
-    for start in range(0, result.size, TILE):
-        count = min(TILE, result.size - start)
+    for start in range(0, numel, TILE):
+        count = min(TILE, numel - start)
         for w in range(start // 32, (start + count) // 32):
             spread_mask(words[w], eta, -eta, result, 32 * w)
         if count % 32:
             whole = start + count - count % 32
             spread_mask(words[whole // 32], eta, -eta, tail, 0)
             result[whole : start + count] = tail[: count % 32]
-        if has_r:
+        if r_at != updated_at:
+            copy(r, updated, start, count)
+        if r_at:
             for i in range(uintp(start), uintp(start + count)):
-                r[i] = r[i] - result[i]
+                updated[i] = updated[i] - result[i]

@@ -1,22 +1,22 @@
-"""Numba kernels of bit packing; contracts in reference/pack.py."""
+"""Numba kernels of bit packing; contracts in ops/pack.py."""
 
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numba import int32, uint32, uint64
 
-from ..layout import check_codes, check_payload, check_width, words
+from ._arrays import signed32, unsigned32
 from ._jit import jit
 
 _WORD = np.uint64(32)
 
 
 @jit()
-def _pack(codes, width, out):
+def _pack(codes_at, numel, width, out_at):
+    codes, out = signed32(codes_at, numel), unsigned32(out_at, (numel * width + 31) // 32)
     mask = uint64((1 << width) - 1)
     pending, filled, w = uint64(0), 0, 0
-    for i in range(codes.size):
+    for i in range(numel):
         pending |= (uint64(codes[i]) & mask) << uint64(filled)
         filled += width
         if filled >= 32:
@@ -29,10 +29,11 @@ def _pack(codes, width, out):
 
 
 @jit()
-def _unpack(packed, width, out):
+def _unpack(packed_at, numel, width, out_at):
+    packed, out = unsigned32(packed_at, (numel * width + 31) // 32), signed32(out_at, numel)
     mask = uint64((1 << width) - 1)
     pending, filled, w = uint64(0), 0, 0
-    for i in range(out.size):
+    for i in range(numel):
         if filled < width:
             pending |= uint64(packed[w]) << uint64(filled)
             filled += 32
@@ -42,17 +43,10 @@ def _unpack(packed, width, out):
         filled -= width
 
 
-def pack_bits(codes, width):
-    check_width(width)
-    check_codes(codes)
-    out = torch.empty(words(codes.numel(), width), dtype=torch.uint32)
-    _pack(codes.contiguous().numpy(), width, out.numpy())
-    return out.view(torch.uint8)
+def pack_bits(codes, width, out):
+    codes = codes.contiguous()
+    _pack(codes.data_ptr(), codes.numel(), width, out.data_ptr())
 
 
-def unpack_bits(payload, numel, width):
-    check_width(width)
-    check_payload(payload, 4 * words(numel, width))
-    out = torch.empty(numel, dtype=torch.int32)
-    _unpack(payload.view(torch.uint32).numpy(), width, out.numpy())
-    return out
+def unpack_bits(payload, numel, width, out):
+    _unpack(payload.data_ptr(), numel, width, out.data_ptr())

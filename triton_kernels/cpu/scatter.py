@@ -1,34 +1,43 @@
-"""Sparse decode on the CPU."""
+"""Numba kernel of the sparse decode; contract in ops/scatter.py."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
+from numba import float32
 
-from ..checks import check_scatter, out_of_range
+from ..reference.scatter import out_of_range
+from ._arrays import floats, signed32, signed64
 from ._jit import jit
 
 
-def scatter_add(indices: torch.Tensor, values: torch.Tensor, out: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
-    check_scatter(indices, values, out)
-    index = indices.contiguous().numpy()
-    low, high = _bounds(index)
-    if index.size and (low < 0 or high >= out.numel()):
+def scatter_add(indices, values, out, weight):
+    indices, values, count = indices.contiguous(), values.contiguous(), indices.numel()
+    if not count:
+        return
+    add = _add_wide if indices.dtype == torch.int64 else _add_narrow
+    low, high = add(indices.data_ptr(), values.data_ptr(), count, out.data_ptr(), out.numel(), float(weight))
+    if low < 0 or high >= out.numel():
         raise out_of_range(int(low), int(high), out.numel())
-    _add(index, values.detach().contiguous().numpy(), out.detach().numpy(), np.float32(weight))
-    return out
 
 
-@jit
-def _bounds(indices):
-    low = high = indices[0] if indices.size else indices.dtype.type(0)
+@jit()
+def _add_wide(indices, values, count, out, numel, weight):
+    return _add(signed64(indices, count), floats(values, count), floats(out, numel), float32(weight))
+
+
+@jit()
+def _add_narrow(indices, values, count, out, numel, weight):
+    return _add(signed32(indices, count), floats(values, count), floats(out, numel), float32(weight))
+
+
+@jit()
+def _add(indices, values, out, weight):
+    """Lowest and highest index; adds unless one of them is out of range."""
+    low = high = indices[0]
     for i in range(indices.size):
         low = indices[i] if indices[i] < low else low
         high = indices[i] if indices[i] > high else high
+    if low >= 0 and high < out.size:
+        for i in range(indices.size):
+            out[indices[i]] += weight * values[i]
     return low, high
-
-
-@jit
-def _add(indices, values, out, weight):
-    for i in range(indices.size):
-        out[indices[i]] += weight * values[i]

@@ -1,32 +1,32 @@
-"""Numba kernels of the uniform codec; contracts in reference/uniform.py."""
+"""Numba kernels of the uniform codec; contracts in ops/uniform.py."""
 
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numba import float32, int8, int32, uint8, uint16, uint32, uintp
 
-from .. import layout
-from ..layout import SCALE_MAX, Memory
+from ..layout import SCALE_MAX, uniform_levels
 from ..reference.uniform import grid
 from . import _philox, _tile
+from ._arrays import floats, unsigned8
 from ._jit import jit
+from ._philox import key_of
 from ._tile import (
     TILE,
     add,
     compensate,
-    descend,
+    copy,
     divide,
     finite_bits,
     float_of,
     load,
     max_magnitude_bits,
+    memory_of,
     store,
     sum_squares,
 )
 
 _SCALE_MAX = np.float32(SCALE_MAX)
-_NO_PAYLOADS = np.empty(0, np.float32), np.empty(0, np.uint8), 0
 # u = h * U_STEP + U_BASE, exact: (h + 1/2) / 65536, or 1/2 for every h
 _STOCHASTIC = np.float32(2.0**-16), np.float32(2.0**-17)
 _NEAREST = np.float32(0.0), np.float32(0.5)
@@ -43,25 +43,27 @@ def _quantize(p, halves, rounding, inverse, levels, count, target, first):
 
 
 @jit()
-def _remember(r, kept, source, first, step, start, count, sent):
-    """``r = kept - sent * (code * step)``."""
+def _remember(updated, kept, source, first, step, start, count, sent):
+    """``updated = kept - sent * (code * step)``."""
     start, first = uintp(start), uintp(first)
     for i in range(uintp(count)):
-        r[start + i] = kept[i] - sent * (float32(int32(source[first + i])) * step)
+        updated[start + i] = kept[i] - sent * (float32(int32(source[first + i])) * step)
 
 
 @jit()
 def _write(target, first, given, memory):
     """Codes of one tile to ``target[first:]``, zeros if it is not finite, and its memory."""
     p, halves, rounding, inverse, levels, count, finite = given
-    has_r, r, kept, step, start, sent = memory
+    has_r, apart, r, updated, kept, step, start, sent = memory
     if not finite:
         for i in range(count):
             target[first + i] = 0
+        if apart:
+            copy(r, updated, start, count)
         return
     _quantize(p, halves, rounding, inverse, levels, count, target, first)
     if has_r:
-        _remember(r, kept, target, first, step, start, count, sent)
+        _remember(updated, kept, target, first, step, start, count, sent)
 
 
 @jit()
@@ -133,14 +135,31 @@ def _mean(scales, codes, ranks, narrow, blocks, start, block, count, bits, level
 
 
 @jit()
-def _encode(
-    x32, x16, kind, in_scales, in_codes, ranks, numel, block, bits, l2, rounding, words,
-    r, has_r, alpha, decay, sent, scales, codes,
-):  # fmt: skip
-    """Encodes x or, if ``ranks`` > 0, the average of that many payloads.
+def _views(payloads, ranks, numel, block, bits):
+    """Scales and code bytes of payloads that stand end to end: two arrays over all of their memory."""
+    count = ranks * ((numel + block - 1) // block + (numel * bits + 31) // 32)
+    return floats(payloads, count), unsigned8(payloads, 4 * count)
 
-    A payload, or several end to end, comes as two views of the same memory, fp32 (``scales``) and bytes (``codes``).
-    """
+
+@jit()
+def _encode(
+    x, kind, payloads, ranks, numel, block, bits, l2, stochastic, seed, tensor, origin, draw, rank, stream,
+    r_at, updated_at, alpha64, decay64, sent64, out,
+):  # fmt: skip
+    """Encodes x or, if ``ranks`` > 0, the average of that many payloads."""
+    given, sent = _views(payloads, ranks, numel, block, bits), _views(out, 1, numel, block, bits)
+    memory = memory_of(numel, r_at, updated_at, alpha64, decay64, sent64)
+    words = key_of(seed, tensor, origin, draw, rank, stream)
+    settings = ranks, numel, block, bits, l2, stochastic, words
+    _encode_blocks(x, kind, *given, *settings, r_at != 0, r_at != updated_at, *memory, *sent)
+
+
+@jit()
+def _encode_blocks(
+    x, kind, in_scales, in_codes, ranks, numel, block, bits, l2, stochastic, words,
+    has_r, apart, r, updated, alpha, decay, sent, scales, codes,
+):  # fmt: skip
+    rounding = _STOCHASTIC if stochastic else _NEAREST
     blocks = (numel + block - 1) // block
     tile = min(block, TILE)
     p, q = np.empty(tile, np.float32), np.empty(tile, np.float32)
@@ -148,7 +167,6 @@ def _encode(
     narrow, small, wide = np.empty(tile, np.int8), codes.view(np.int8), codes.view(np.int16)
     random = np.zeros((tile + 63) // 64 * 32, np.uint32)
     halves = random.view(np.uint16)
-    stochastic = rounding[0] > 0
     levels = float32((1 << (bits - 1)) - 1)
     codes[4 * blocks + numel * bits // 8 :] = 0  # the padding; a last code that shares its byte is written below
 
@@ -156,7 +174,7 @@ def _encode(
         if ranks:
             _mean(in_scales, in_codes, ranks, narrow, blocks, start, block, count, bits, levels, p, q)
         else:
-            load(x32, x16, kind, start, count, p)
+            load(x, kind, start, count, p)
         if has_r:
             compensate(p, kept, r, start, count, alpha, decay)
 
@@ -188,7 +206,7 @@ def _encode(
                 _philox.fill(random, (count + 7) // 8, start // 8, words)
             place = 4 * blocks + start * bits // 8
             given = (p, halves, rounding, inverse, levels, count, finite)
-            memory = (has_r, r, kept, step, start, sent)
+            memory = (has_r, apart, r, updated, kept, step, start, sent)
             if bits == 16:
                 _write(wide, place // 2, given, memory)
             elif bits == 8:
@@ -199,7 +217,9 @@ def _encode(
 
 
 @jit()
-def _decode(scales, codes, numel, block, bits, out, weight, accumulate):
+def _decode(payload, numel, block, bits, out, weight, accumulate):
+    scales, codes = _views(payload, 1, numel, block, bits)
+    result, factor = floats(out, numel), float32(weight)
     blocks = (numel + block - 1) // block
     tile = min(block, TILE)
     q, narrow = np.empty(tile, np.float32), np.empty(tile, np.int8)
@@ -209,11 +229,13 @@ def _decode(scales, codes, numel, block, bits, out, weight, accumulate):
         for start in range(b * block, last, tile):
             count = min(tile, last - start)
             _expand(codes, narrow, 4 * blocks + start * bits // 8, count, bits, scales[b] / levels, q)
-            store(q, out, start, count, weight, accumulate)
+            store(q, result, start, count, factor, accumulate)
 
 
 @jit()
-def _average(scales, codes, ranks, numel, block, bits, out):
+def _average(payloads, ranks, numel, block, bits, out):
+    scales, codes = _views(payloads, ranks, numel, block, bits)
+    result = floats(out, numel)
     blocks = (numel + block - 1) // block
     tile = min(block, TILE)
     p, q, narrow = np.empty(tile, np.float32), np.empty(tile, np.float32), np.empty(tile, np.int8)
@@ -223,25 +245,14 @@ def _average(scales, codes, ranks, numel, block, bits, out):
         for start in range(first, last, tile):
             count = min(tile, last - start)
             _mean(scales, codes, ranks, narrow, blocks, start, block, count, bits, levels, p, q)
-            store(p, out, start, count, float32(1), False)
+            store(p, result, start, count, float32(1), False)
 
 
 @jit()
-def _apply(scales, codes, numel, block, bits, param, m, has_m, lr, momentum):
-    blocks = (numel + block - 1) // block
-    tile = min(block, TILE)
-    q, narrow = np.empty(tile, np.float32), np.empty(tile, np.int8)
-    levels = float32((1 << (bits - 1)) - 1)
-    for b in range(blocks):
-        last = min((b + 1) * block, numel)
-        for start in range(b * block, last, tile):
-            count = min(tile, last - start)
-            _expand(codes, narrow, 4 * blocks + start * bits // 8, count, bits, scales[b] / levels, q)
-            descend(q, param, m, has_m, start, count, lr, momentum)
-
-
-@jit()
-def _round(x, numel, inverse, step, levels, words, out):
+def _round(x_at, numel, inverse64, step64, top, seed, tensor, origin, draw, rank, stream, out_at):
+    x, out = floats(x_at, numel), floats(out_at, numel)
+    inverse, step, levels = float32(inverse64), float32(step64), float32(top)
+    words = key_of(seed, tensor, origin, draw, rank, stream)
     u_step, u_base = _STOCHASTIC
     random = np.zeros(TILE // 2, np.uint32)
     halves = random.view(np.uint16)
@@ -254,76 +265,25 @@ def _round(x, numel, inverse, step, levels, words, out):
             out[first + i] = min(max(np.floor(v), -levels), levels) * step
 
 
-def _draws(rounding, key):
-    """``(factors that make u of random bits, words of the key)``."""
-    return (_STOCHASTIC, _philox.words_of(key)) if rounding == "stochastic" else (_NEAREST, _philox.words_of(None))
+def uniform_encode(x, bits, block, key, l2, memory, out):
+    x = x.contiguous()
+    settings = x.numel(), block, bits, l2, key is not None, *_philox.words_of(key)
+    _encode(*_tile.source(x), 0, 0, *settings, *_tile.factors(memory), out.data_ptr())
 
 
-def _views(payload):
-    """The memory of one or more payloads as ``(fp32, uint8)`` arrays."""
-    payload = payload.view(-1)
-    return payload.view(torch.float32).numpy(), payload.numpy()
+def uniform_decode(payload, numel, bits, block, out, weight, accumulate):
+    _decode(payload.data_ptr(), numel, block, bits, out.data_ptr(), float(weight), accumulate)
 
 
-def uniform_encode(
-    x, bits, block, key=None, scale="absmax", rounding="stochastic",
-    residual=None, alpha=1.0, decay=1.0, sent=1.0, out=None,
-):  # fmt: skip
-    memory = Memory(residual, alpha, decay, sent)
-    layout.check_uniform(bits, block, key, scale, rounding)
-    layout.check_input(x, memory)
-    numel = x.numel()
-    out = layout.payload_for(out, layout.uniform_bytes(numel, bits, block), x)
-    settings = numel, block, bits, scale == "l2", *_draws(rounding, key)
-    _encode(*_tile.source(x), *_NO_PAYLOADS, *settings, *_tile.factors(memory), *_views(out))
-    return out
+def uniform_reduce(payloads, numel, bits, block, key, l2, out):
+    given = payloads.data_ptr(), len(payloads), numel, block, bits, l2, key is not None, *_philox.words_of(key)
+    _encode(*_tile.NO_SOURCE, *given, *_tile.NO_MEMORY, out.data_ptr())
 
 
-def uniform_decode(payload, numel, bits, block, out=None, weight=1.0, accumulate=False):
-    layout.check_bits(bits)
-    layout.check_block(block)
-    layout.check_payload(payload, layout.uniform_bytes(numel, bits, block))
-    out = layout.result_for(out, numel, payload, accumulate)
-    _decode(*_views(payload), numel, block, bits, out.numpy(), np.float32(weight), accumulate)
-    return out
+def uniform_average(payloads, numel, bits, block, out):
+    _average(payloads.data_ptr(), len(payloads), numel, block, bits, out.data_ptr())
 
 
-def uniform_reduce(
-    payloads, numel, bits, block, key=None, scale="absmax", rounding="stochastic", out=None,
-    *, residual=None, alpha=1.0, decay=1.0, sent=1.0,
-):  # fmt: skip
-    memory = Memory(residual, alpha, decay, sent)
-    layout.check_uniform(bits, block, key, scale, rounding)
-    layout.check_payloads(payloads, layout.uniform_bytes(numel, bits, block))
-    layout.check_residual(memory, payloads, numel)
-    out = layout.payload_for(out, layout.uniform_bytes(numel, bits, block), payloads)
-    settings = numel, block, bits, scale == "l2", *_draws(rounding, key)
-    given = *_views(payloads), len(payloads)
-    _encode(*_tile.NO_SOURCE, *given, *settings, *_tile.factors(memory), *_views(out))
-    return out
-
-
-def uniform_average(payloads, numel, bits, block, out=None):
-    layout.check_bits(bits)
-    layout.check_block(block)
-    layout.check_payloads(payloads, layout.uniform_bytes(numel, bits, block))
-    out = layout.result_for(out, numel, payloads, False)
-    _average(*_views(payloads), len(payloads), numel, block, bits, out.numpy())
-    return out
-
-
-def uniform_apply(payload, param, bits, block, lr, momentum_buffer=None, momentum=0.0):
-    numel = param.numel()
-    layout.check_bits(bits)
-    layout.check_block(block)
-    layout.check_payload(payload, layout.uniform_bytes(numel, bits, block))
-    layout.check_apply(payload, param, momentum_buffer)
-    descent = _tile.descent(param, momentum_buffer, lr, momentum)
-    _apply(*_views(payload), numel, block, bits, *descent)
-
-
-def uniform_round(x, bits, scale, key, out=None):
-    out = layout.check_round(x, bits, scale, out)
-    factors = (*map(np.float32, grid(bits, scale)), np.float32(layout.uniform_levels(bits)))
-    _round(x.detach().numpy(), x.numel(), *factors, _philox.words_of(key), out.detach().numpy())
-    return out
+def uniform_round(x, bits, scale, key, out):
+    numbers = *grid(bits, scale), uniform_levels(bits)
+    _round(x.data_ptr(), x.numel(), *numbers, *_philox.words_of(key), out.data_ptr())

@@ -7,11 +7,14 @@ Lanes outside the vector or the block are masked and never enter a scale, a code
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
 from ..layout import Memory, blocks
+from ..reference._memory import divide
 
 MAX_COLUMNS = 4096
 ELEMENTS = 2048  # of a tile of short blocks
@@ -45,10 +48,28 @@ class Geometry:
             )
 
 
-def factors(x: torch.Tensor, memory: Memory) -> tuple:
-    """``(residual or a stand-in, alpha, decay, sent)``."""
-    r = x if memory.residual is None else memory.residual.detach()
-    return r, float(memory.alpha), float(memory.decay), float(memory.sent)
+def factors(x: torch.Tensor, memory: Memory | None) -> tuple:
+    """``(memory, what it becomes, alpha, decay, sent)``, with x in the place of no memory."""
+    if memory is None:
+        return x, x, 1.0, 1.0, 1.0
+    r, updated, alpha, decay, sent = memory
+    return r.detach(), updated.detach(), float(alpha), float(decay), float(sent)
+
+
+def mode_of(memory: Memory | None) -> int:
+    """What a kernel is compiled for: 0 for no memory, 1 for one updated in place, 2 for one that goes elsewhere."""
+    return 0 if memory is None else 1 + memory.apart
+
+
+def mean_of(payloads: torch.Tensor, numel: int, decode: Callable[..., None]) -> torch.Tensor:
+    """Average of the decoded payloads, for blocks so long that their scale takes a pass of its own over it.
+
+    ``decode(payload, out=, weight=, accumulate=)`` is the body of the decoder.
+    """
+    total = torch.empty(numel, dtype=torch.float32, device=payloads.device)
+    for rank, payload in enumerate(payloads):
+        decode(payload, out=total, weight=1.0, accumulate=rank > 0)
+    return divide(total, len(payloads))
 
 
 @triton.jit
@@ -71,19 +92,23 @@ def load_x(x, stride, index, inside):
 
 
 @triton.jit
-def compensate(value, r, alpha, index, inside, HAS_R: tl.constexpr):
+def compensate(value, r, alpha, index, inside, MEMORY: tl.constexpr):
     """``(r, p = x + alpha * r)``, zero in masked lanes; without memory both are x."""
     old, p = value, value
-    if HAS_R:
+    if MEMORY:
         old = tl.load(r + index, mask=inside, other=0.0)
         p = value + alpha * old
     return old, p
 
 
 @triton.jit
-def remember(r, index, keep, value, old, q, decay, sent):
-    """``r <- decay * r + x - sent * q`` where ``keep`` (an element mask) holds."""
-    tl.store(r + index, (decay * old + value) - sent * q, mask=keep)
+def remember(updated, index, inside, finite, value, old, q, decay, sent, MEMORY: tl.constexpr):
+    """The new memory is ``decay * r + x - sent * q`` where ``finite`` holds, per element, and r elsewhere."""
+    new = (decay * old + value) - sent * q
+    if MEMORY == 2:
+        tl.store(updated + index, tl.where(finite, new, old), mask=inside)
+    else:
+        tl.store(updated + index, new, mask=inside & finite)
 
 
 @triton.jit
@@ -96,15 +121,6 @@ def write(out, index, inside, value, weight, ACCUMULATE: tl.constexpr):
 
 
 @triton.jit
-def descend(param, m, index, inside, update, lr, momentum, HAS_M: tl.constexpr):
-    """``param -= lr * update``, through ``m = momentum * m + update`` with a momentum buffer."""
-    if HAS_M:
-        update = momentum * tl.load(m + index, mask=inside, other=0.0) + update
-        tl.store(m + index, update, mask=inside)
-    tl.store(param + index, tl.load(param + index, mask=inside, other=0.0) - lr * update, mask=inside)
-
-
-@triton.jit
 def store_codes(words, row, column, block, numel, codes, BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Packs int32 codes [ROWS, COLUMNS] of ``BITS`` bits (zero in masked lanes), LSB first, into int32 words."""
     PER: tl.constexpr = 32 // BITS
@@ -112,7 +128,7 @@ def store_codes(words, row, column, block, numel, codes, BITS: tl.constexpr, ROW
     field = (codes & ((1 << BITS) - 1)).reshape(ROWS, COLUMNS // PER, PER) << shift[None, None, :]
     word_column = tl.arange(0, COLUMNS // PER) + tl.min(column, axis=0) // PER
     index = row[:, None] * (block // PER) + word_column[None, :]
-    exists = (word_column[None, :] < block // PER) & (index < (numel + PER - 1) // PER)
+    exists = (word_column[None, :] < block // PER) & (index * PER < numel)
     tl.store(words + index, tl.sum(field, axis=2), mask=exists)
 
 
@@ -133,10 +149,10 @@ def magnitude_bits(p):
 @triton.jit
 def _moments(
     x, stride, r, alpha, numel, block, largest, magnitudes, squares, tiles,
-    HAS_R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MEMORY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
-    _, p = compensate(load_x(x, stride, index, inside), r, alpha, index, inside, HAS_R)
+    _, p = compensate(load_x(x, stride, index, inside), r, alpha, index, inside, MEMORY)
     wide = tl.abs(p).to(tl.float64)
     slot = row * tiles + tl.program_id(0) % tiles
     exists = row * block < numel
@@ -145,13 +161,13 @@ def _moments(
     tl.store(squares + slot, tl.sum(wide * wide, axis=1), mask=exists)
 
 
-def moments(x: torch.Tensor, memory: Memory, block: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def moments(x: torch.Tensor, memory: Memory | None, block: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Per block ``(bits of max |p| int32, sum |p| fp64, sum p**2 fp64)``, for blocks of any length."""
     numel, cut = x.numel(), Geometry(x.numel(), block)
     shape = blocks(numel, block), cut.tiles
     largest = torch.empty(shape, dtype=torch.int32, device=x.device)
     magnitudes, squares = (torch.empty(shape, dtype=torch.float64, device=x.device) for _ in range(2))
-    r, alpha, _, _ = factors(x, memory)
+    r, _, alpha, _, _ = factors(x, memory)
     arguments = x, x.stride(0), r, alpha, numel, block, largest, magnitudes, squares
-    cut.launch(_moments, x, *arguments, HAS_R=memory.residual is not None)
+    cut.launch(_moments, x, *arguments, MEMORY=mode_of(memory))
     return largest.amax(1), magnitudes.sum(1), squares.sum(1)

@@ -1,18 +1,30 @@
-"""Triton kernels of the float casts; contracts in reference/cast.py.
+"""Triton kernels of the float casts; contracts in ops/cast.py.
 
 bf16 and e4m3 are converted by integer arithmetic, which gives the same bits on every GPU, fp8 unit or not.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from .. import layout
-from ..layout import Memory
-from ..reference._memory import mean_in_rank_order
-from ._tile import Geometry, compensate, factors, load_x, magnitude_bits, moments, place, remember, write
+from ._tile import (
+    Geometry,
+    compensate,
+    factors,
+    load_x,
+    magnitude_bits,
+    mean_of,
+    mode_of,
+    moments,
+    place,
+    remember,
+    write,
+)
 
 _INF, _INF_BITS = tl.constexpr(float("inf")), tl.constexpr(0x7F800000)
 _FP8_NORMAL = tl.constexpr((127 - 6) << 23)
@@ -53,37 +65,41 @@ def _to_fp8(y):
 
 @triton.jit
 def _from_fp8(code):
-    """e4m3 bits as int32 (no NaN) -> fp32."""
+    """e4m3 bits as int32 -> fp32."""
     magnitude = code & 0x7F
-    normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    number = tl.where(magnitude == 0x7F, 0x7FC00000, (magnitude << 20) + (120 << 23))
+    normal = number.to(tl.float32, bitcast=True)
     value = tl.where(magnitude >= 8, normal, magnitude.to(tl.float32) * 0.001953125)
     return (value.to(tl.int32, bitcast=True) | ((code & 0x80) << 24)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _finish_half(codes, index, inside, value, old, p, r, decay, sent, numel, BF16: tl.constexpr, HAS_R: tl.constexpr):
+def _finish_half(
+    codes, index, inside, value, old, p, updated, decay, sent, numel,
+    BF16: tl.constexpr, MEMORY: tl.constexpr,
+):  # fmt: skip
     code = _to_half(p, BF16)
-    tl.store(codes + index, code, mask=index < (numel + 1) // 2 * 2)  # the padding is a masked lane: zero
-    if HAS_R:
+    tl.store(codes + index, code, mask=index // 2 * 2 < numel)  # the padding is a masked lane: zero
+    if MEMORY:
         q = _from_half(code, BF16)
-        remember(r, index, inside & (tl.abs(q) < _INF), value, old, q, decay, sent)
+        remember(updated, index, inside, tl.abs(q) < _INF, value, old, q, decay, sent, MEMORY)
 
 
 @triton.jit
 def _encode_half(
-    x, stride, r, alpha, decay, sent, numel, block, codes, tiles,
-    BF16: tl.constexpr, HAS_R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, stride, r, updated, alpha, decay, sent, numel, block, codes, tiles,
+    BF16: tl.constexpr, MEMORY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
     value = load_x(x, stride, index, inside)
-    old, p = compensate(value, r, alpha, index, inside, HAS_R)
-    _finish_half(codes, index, inside, value, old, p, r, decay, sent, numel, BF16, HAS_R)
+    old, p = compensate(value, r, alpha, index, inside, MEMORY)
+    _finish_half(codes, index, inside, value, old, p, updated, decay, sent, numel, BF16, MEMORY)
 
 
 @triton.jit
 def _reduce_half(
-    in_codes, size, ranks, r, alpha, decay, sent, numel, block, codes, tiles,
-    BF16: tl.constexpr, HAS_R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    in_codes, size, ranks, numel, block, codes, tiles,
+    BF16: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``size``: codes between two ranks' payloads."""
     row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
@@ -92,8 +108,7 @@ def _reduce_half(
         in_codes += size
         value += _from_half(tl.load(in_codes + index, mask=inside, other=0), BF16)
     value = tl.div_rn(value, tl.zeros_like(value) + ranks)
-    old, p = compensate(value, r, alpha, index, inside, HAS_R)
-    _finish_half(codes, index, inside, value, old, p, r, decay, sent, numel, BF16, HAS_R)
+    _finish_half(codes, index, inside, value, value, value, codes, 1.0, 1.0, numel, BF16, 0)
 
 
 @triton.jit
@@ -107,8 +122,8 @@ def _decode_half(
 
 @triton.jit
 def _finish_fp8(
-    scales, codes, row, column, index, inside, value, old, p, r, decay, sent, numel, block, absmax,
-    HAS_R: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    scales, codes, row, column, index, inside, value, old, p, updated, decay, sent, numel, block, absmax,
+    MEMORY: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``GIVEN``: the bits of max |p| of every block stand in ``absmax``, because no tile holds a whole block."""
     exists = row * block < numel
@@ -125,23 +140,23 @@ def _finish_fp8(
     tl.store(scales + row, scale, mask=exists)  # tiles of one block all write the same value
     live = (live & finite)[:, None]
     code = _to_fp8(tl.where(live, p, 0.0) * tl.where(live, inverse[:, None], 0.0))
-    padded = (numel + 3) // 4 * 4
-    tl.store(codes + index, code.to(tl.uint8), mask=(column[None, :] < block) & (index < padded))
-    if HAS_R:
-        remember(r, index, inside & finite[:, None], value, old, _from_fp8(code) * scale[:, None], decay, sent)
+    tl.store(codes + index, code.to(tl.uint8), mask=(column[None, :] < block) & (index // 4 * 4 < numel))
+    if MEMORY:
+        q = _from_fp8(code) * scale[:, None]
+        remember(updated, index, inside, finite[:, None], value, old, q, decay, sent, MEMORY)
 
 
 @triton.jit
 def _encode_fp8(
-    x, stride, r, alpha, decay, sent, numel, block, scales, codes, absmax, tiles,
-    HAS_R: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, stride, r, updated, alpha, decay, sent, numel, block, scales, codes, absmax, tiles,
+    MEMORY: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
     value = load_x(x, stride, index, inside)
-    old, p = compensate(value, r, alpha, index, inside, HAS_R)
+    old, p = compensate(value, r, alpha, index, inside, MEMORY)
     _finish_fp8(
-        scales, codes, row, column, index, inside, value, old, p, r, decay, sent, numel, block, absmax,
-        HAS_R, GIVEN, ROWS, COLUMNS,
+        scales, codes, row, column, index, inside, value, old, p, updated, decay, sent, numel, block, absmax,
+        MEMORY, GIVEN, ROWS, COLUMNS,
     )  # fmt: skip
 
 
@@ -153,8 +168,8 @@ def _decode_tile(scales, codes, row, index, inside, block, numel):
 
 @triton.jit
 def _reduce_fp8(
-    in_scales, in_codes, size, ranks, r, alpha, decay, sent, numel, block, scales, codes, tiles,
-    HAS_R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    in_scales, in_codes, size, ranks, numel, block, scales, codes, tiles,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``size``: bytes between two ranks' payloads."""
     row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
@@ -164,10 +179,9 @@ def _reduce_fp8(
         in_codes += size
         value += _decode_tile(in_scales, in_codes, row, index, inside, block, numel)
     value = tl.where(inside, tl.div_rn(value, tl.zeros_like(value) + ranks), 0.0)
-    old, p = compensate(value, r, alpha, index, inside, HAS_R)
     _finish_fp8(
-        scales, codes, row, column, index, inside, value, old, p, r, decay, sent, numel, block, scales,
-        HAS_R, False, ROWS, COLUMNS,
+        scales, codes, row, column, index, inside, value, value, value, scales, 1.0, 1.0, numel, block, scales,
+        0, False, ROWS, COLUMNS,
     )  # fmt: skip
 
 
@@ -186,30 +200,20 @@ def _parts(payload, numel, block):
     return scales, words.view(torch.uint8)
 
 
-def cast_encode(x, kind, block, residual=None, alpha=1.0, decay=1.0, sent=1.0, out=None):
-    memory = Memory(residual, alpha, decay, sent)
-    layout.check_kind(kind)
-    layout.check_block(block)
-    layout.check_input(x, memory)
-    numel, has_r = x.numel(), residual is not None
-    out = layout.payload_for(out, layout.cast_bytes(numel, kind, block), x)
+def cast_encode(x, kind, block, memory, out):
+    numel, mode = x.numel(), mode_of(memory)
     source = x, x.stride(0), *factors(x, memory), numel
     if kind == "fp8":
         cut = Geometry(numel, block)
         scales, codes = _parts(out, numel, block)
         absmax = moments(x, memory, block)[0] if cut.long else scales
-        cut.launch(_encode_fp8, x, *source, block, scales, codes, absmax, HAS_R=has_r, GIVEN=cut.long)
+        cut.launch(_encode_fp8, x, *source, block, scales, codes, absmax, MEMORY=mode, GIVEN=cut.long)
     else:
         codes = out.view(torch.int16)
-        Geometry(numel, _CHUNK).launch(_encode_half, x, *source, _CHUNK, codes, BF16=kind == "bf16", HAS_R=has_r)
-    return out
+        Geometry(numel, _CHUNK).launch(_encode_half, x, *source, _CHUNK, codes, BF16=kind == "bf16", MEMORY=mode)
 
 
-def cast_decode(payload, numel, kind, block, out=None, weight=1.0, accumulate=False):
-    layout.check_kind(kind)
-    layout.check_block(block)
-    layout.check_payload(payload, layout.cast_bytes(numel, kind, block))
-    out = layout.result_for(out, numel, payload, accumulate)
+def cast_decode(payload, numel, kind, block, out, weight, accumulate):
     if kind == "fp8":
         arguments = *_parts(payload, numel, block), out, float(weight), numel, block
         Geometry(numel, block).launch(_decode_fp8, payload, *arguments, ACCUMULATE=accumulate)
@@ -217,26 +221,17 @@ def cast_decode(payload, numel, kind, block, out=None, weight=1.0, accumulate=Fa
         arguments = payload.view(torch.int16), out, float(weight), numel, _CHUNK
         constants = {"BF16": kind == "bf16", "ACCUMULATE": accumulate}
         Geometry(numel, _CHUNK).launch(_decode_half, payload, *arguments, **constants)
-    return out
 
 
-def cast_reduce(payloads, numel, kind, block, out=None, *, residual=None, alpha=1.0, decay=1.0, sent=1.0):
-    memory = Memory(residual, alpha, decay, sent)
-    layout.check_kind(kind)
-    layout.check_block(block)
-    layout.check_payloads(payloads, layout.cast_bytes(numel, kind, block))
-    layout.check_residual(memory, payloads, numel)
-    (ranks, size), has_r = payloads.shape, residual is not None
+def cast_reduce(payloads, numel, kind, block, out):
+    ranks, size = payloads.shape
     cut = Geometry(numel, block if kind == "fp8" else _CHUNK)
-    if cut.long:  # the scale of a long block takes a pass of its own, over the average
-        average = mean_in_rank_order([cast_decode(payload, numel, kind, block) for payload in payloads])
-        return cast_encode(average, kind, block, residual, alpha, decay, sent, out)
-    out = layout.payload_for(out, size, payloads)
-    memory_arguments = *factors(payloads, memory), numel
+    if cut.long:
+        decode = functools.partial(cast_decode, numel=numel, kind=kind, block=block)
+        return cast_encode(mean_of(payloads, numel, decode), kind, block, None, out)
     if kind == "fp8":
-        given = *_parts(payloads, numel, block), size, ranks, *memory_arguments, block
-        cut.launch(_reduce_fp8, payloads, *given, *_parts(out, numel, block), HAS_R=has_r)
+        given = *_parts(payloads, numel, block), size, ranks, numel, block
+        cut.launch(_reduce_fp8, payloads, *given, *_parts(out, numel, block))
     else:
-        given = payloads.view(-1).view(torch.int16), size // 2, ranks, *memory_arguments, _CHUNK
-        cut.launch(_reduce_half, payloads, *given, out.view(torch.int16), BF16=kind == "bf16", HAS_R=has_r)
-    return out
+        given = payloads.view(-1).view(torch.int16), size // 2, ranks, numel, _CHUNK
+        cut.launch(_reduce_half, payloads, *given, out.view(torch.int16), BF16=kind == "bf16")

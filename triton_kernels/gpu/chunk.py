@@ -6,26 +6,24 @@ import torch
 import triton
 import triton.language as tl
 
-from ..checks import check_chunk, check_indices
-from ..layout import Memory, blocks, check_input
-from ._tile import compensate, factors, load_x, magnitude_bits, remember
+from ._tile import compensate, factors, load_x, magnitude_bits, mode_of, remember
 
 TILE = 4096  # elements a program holds in registers
 INFINITE = tl.constexpr(0x7F800000)  # fp32 +Inf; as integers, magnitudes keep their order and NaN comes after Inf
 
 
 @triton.jit
-def _at(x, stride, r, alpha, element, real, HAS_R: tl.constexpr):
+def _at(x, stride, r, alpha, element, real, MEMORY: tl.constexpr):
     """``(x, r, p = x + alpha * r)`` in fp32; zeros where not real."""
     value = load_x(x, stride, element, real)
-    old, p = compensate(value, r, alpha, element, real, HAS_R)
+    old, p = compensate(value, r, alpha, element, real, MEMORY)
     return value, old, p
 
 
 @triton.jit
 def _tile_kernel(
-    x, stride, r, indices, values, numel, chunk, alpha, decay, sent,
-    HAS_R: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    x, stride, r, updated, alpha, decay, sent, indices, values, numel, chunk,
+    MEMORY: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """ROWS whole chunks a program, each in one row of WIDTH >= chunk lanes."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -33,7 +31,7 @@ def _tile_kernel(
     element = row[:, None] * chunk + offset
     real = (offset < chunk) & (element < numel)
     exists = row * chunk < numel
-    value, old, p = _at(x, stride, r, alpha, element, real, HAS_R)
+    value, old, p = _at(x, stride, r, alpha, element, real, MEMORY)
     magnitude = magnitude_bits(p)
     top = tl.max(magnitude, axis=1)
     finite = top < INFINITE
@@ -48,14 +46,15 @@ def _tile_kernel(
     picked = tl.sum(tl.where(chosen, p.to(tl.int32, bitcast=True), 0), axis=1)  # a sum of bit patterns keeps -0.0
     picked = tl.where(finite, picked.to(tl.float32, bitcast=True), float("nan"))
     tl.store(values + row, picked, mask=exists)
-    if HAS_R:
-        remember(r, element, real & finite[:, None], value, old, tl.where(chosen, p, 0.0), decay, sent)
+    if MEMORY:
+        q = tl.where(chosen, p, 0.0)
+        remember(updated, element, real, finite[:, None], value, old, q, decay, sent, MEMORY)
 
 
 @triton.jit
 def _loop_kernel(
-    x, stride, r, indices, values, numel, chunk, alpha, decay, sent,
-    HAS_R: tl.constexpr, GIVEN: tl.constexpr, WIDTH: tl.constexpr,
+    x, stride, r, updated, alpha, decay, sent, indices, values, numel, chunk,
+    MEMORY: tl.constexpr, GIVEN: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One chunk a program, WIDTH lanes at a time: for chunks too long for registers, at the price of a second pass."""
     row = tl.program_id(0).to(tl.int64)
@@ -68,7 +67,7 @@ def _loop_kernel(
     given = tl.load(indices + row) if GIVEN else 0
     for start in range(0, stop, WIDTH):
         offset = start + lane
-        _, _, p = _at(x, stride, r, alpha, base + offset, offset < stop, HAS_R)
+        _, _, p = _at(x, stride, r, alpha, base + offset, offset < stop, MEMORY)
         magnitude = magnitude_bits(p)
         larger = magnitude > top  # strictly, so that each lane keeps its lowest index
         top = tl.where(larger, magnitude, top)
@@ -86,54 +85,36 @@ def _loop_kernel(
         index = tl.where(finite, first, 0)
         tl.store(indices + row, index)
     tl.store(values + row, tl.where(finite, value_bits.to(tl.float32, bitcast=True), float("nan")))
-    if HAS_R:
+    if MEMORY:
         if finite:
             for start in range(0, stop, WIDTH):
                 offset = start + lane
-                value, old, p = _at(x, stride, r, alpha, base + offset, offset < stop, HAS_R)
+                inside = offset < stop
+                value, old, p = _at(x, stride, r, alpha, base + offset, inside, MEMORY)
                 q = tl.where(offset == index, p, 0.0)
-                remember(r, base + offset, offset < stop, value, old, q, decay, sent)
+                remember(updated, base + offset, inside, inside, value, old, q, decay, sent, MEMORY)
+        else:
+            if MEMORY == 2:
+                for start in range(0, stop, WIDTH):
+                    inside = start + lane < stop
+                    old = tl.load(r + base + start + lane, mask=inside)
+                    tl.store(updated + base + start + lane, old, mask=inside)
 
 
-def chunk_select(
-    x: torch.Tensor,
-    chunk: int,
-    residual: torch.Tensor | None = None,
-    alpha: float = 1.0,
-    decay: float = 1.0,
-    sent: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    memory = Memory(residual, alpha, decay, sent)
-    check_input(x, memory)
-    check_chunk(chunk)
-    indices = torch.empty(blocks(x.numel(), chunk), dtype=torch.int32, device=x.device)
-    return indices, _launch(x, indices, chunk, memory, given=False)
+def chunk_select(x, chunk, memory, indices, values):
+    _launch(x, chunk, memory, indices, values, given=False)
 
 
-def chunk_gather(
-    x: torch.Tensor,
-    indices: torch.Tensor,
-    chunk: int,
-    residual: torch.Tensor | None = None,
-    alpha: float = 1.0,
-    decay: float = 1.0,
-    sent: float = 1.0,
-) -> torch.Tensor:
-    memory = Memory(residual, alpha, decay, sent)
-    check_input(x, memory)
-    check_chunk(chunk)
-    check_indices(indices, blocks(x.numel(), chunk), x)
-    return _launch(x, indices.contiguous(), chunk, memory, given=True)
+def chunk_gather(x, indices, chunk, memory, values):
+    _launch(x, chunk, memory, indices.contiguous(), values, given=True)
 
 
-def _launch(x: torch.Tensor, indices: torch.Tensor, chunk: int, memory: Memory, given: bool) -> torch.Tensor:
+def _launch(x, chunk, memory, indices, values, given):
     chunks = indices.numel()
-    values = torch.empty(chunks, dtype=torch.float32, device=x.device)
     if not chunks:
-        return values
-    r, *numbers = factors(x, memory)
-    arguments = x.detach(), x.stride(0), r, indices, values, x.numel(), chunk, *numbers
-    flags = {"HAS_R": memory.residual is not None, "GIVEN": given, "num_warps": 8, "enable_fp_fusion": False}
+        return
+    arguments = x.detach(), x.stride(0), *factors(x, memory), indices, values, x.numel(), chunk
+    flags = {"MEMORY": mode_of(memory), "GIVEN": given, "num_warps": 8, "enable_fp_fusion": False}
     with torch.cuda.device_of(x):
         if chunk > TILE:
             _loop_kernel[(chunks,)](*arguments, WIDTH=TILE, **flags)
@@ -141,4 +122,3 @@ def _launch(x: torch.Tensor, indices: torch.Tensor, chunk: int, memory: Memory, 
             width = max(4, triton.next_power_of_2(chunk))
             rows = TILE // width
             _tile_kernel[(triton.cdiv(chunks, rows),)](*arguments, ROWS=rows, WIDTH=width, **flags)
-    return values

@@ -1,4 +1,4 @@
-"""Triton kernels of bit packing; contracts in reference/pack.py."""
+"""Triton kernels of bit packing; contracts in ops/pack.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..layout import check_codes, check_payload, check_width, words
+from ..layout import words
 
 BLOCK = 1024
 
@@ -43,19 +43,11 @@ def _launch(kernel, lanes, like, *arguments, width):
             kernel[(triton.cdiv(lanes, BLOCK),)](*arguments, WIDTH=width, BLOCK=BLOCK, enable_fp_fusion=False)
 
 
-def pack_bits(codes, width):
-    check_width(width)
-    check_codes(codes)
+def pack_bits(codes, width, out):
     count = words(codes.numel(), width)
-    out = torch.empty(count, dtype=torch.int32, device=codes.device)
-    _launch(_pack, count, codes, codes, codes.stride(0), out, codes.numel(), count, width=width)
-    return out.view(torch.uint8)
+    _launch(_pack, count, codes, codes, codes.stride(0), out.view(torch.int32), codes.numel(), count, width=width)
 
 
-def unpack_bits(payload, numel, width):
-    check_width(width)
+def unpack_bits(payload, numel, width, out):
     count = words(numel, width)
-    check_payload(payload, 4 * count)
-    out = torch.empty(numel, dtype=torch.int32, device=payload.device)
     _launch(_unpack, numel, payload, payload.view(torch.int32), out, numel, count, width=width)
-    return out

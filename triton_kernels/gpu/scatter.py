@@ -1,12 +1,10 @@
-"""Sparse decode on the GPU."""
+"""Triton kernel of the sparse decode; contract in ops/scatter.py."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
-
-from ..checks import check_scatter
 
 BLOCK = 1024
 
@@ -21,11 +19,9 @@ def _scatter_kernel(indices, values, out, count, numel, weight, BLOCK: tl.conste
     tl.store(out + index, old + weight * value, mask=inside)
 
 
-def scatter_add(indices: torch.Tensor, values: torch.Tensor, out: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
-    check_scatter(indices, values, out)
+def scatter_add(indices, values, out, weight):
     count = indices.numel()
     if count:
         arguments = indices.contiguous(), values.detach().contiguous(), out.detach(), count, out.numel(), float(weight)
         with torch.cuda.device_of(out):
             _scatter_kernel[(triton.cdiv(count, BLOCK),)](*arguments, BLOCK=BLOCK, enable_fp_fusion=False)
-    return out

@@ -1,23 +1,25 @@
-"""Triton kernels of the sign codec; contracts in reference/sign.py."""
+"""Triton kernels of the sign codec; contracts in ops/sign.py."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
 from .. import layout
-from ..layout import SCALE_MAX, Memory
-from ..reference._memory import mean_in_rank_order
+from ..layout import SCALE_MAX
 from ._philox import KEY_ARGUMENTS, words32, words_of
 from ._tile import (
     MAX_COLUMNS,
     Geometry,
     compensate,
-    descend,
     factors,
     load_codes,
     load_x,
+    mean_of,
+    mode_of,
     moments,
     place,
     remember,
@@ -31,8 +33,8 @@ _INF_BITS = 0x7F800000
 
 @triton.jit
 def _finish(
-    scales, words, row, column, index, inside, value, old, p, r, decay, sent, numel, block,
-    HAS_R: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    scales, words, row, column, index, inside, value, old, p, updated, decay, sent, numel, block,
+    MEMORY: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """From the compensated tile to payload and memory. ``GIVEN``: the scales stand in the payload already."""
     exists = row * block < numel
@@ -45,22 +47,22 @@ def _finish(
         tl.store(scales + row, scale, mask=exists)
     positive = (p >= 0) & inside
     store_codes(words, row, column, block, numel, positive.to(tl.int32), 1, ROWS, COLUMNS)
-    if HAS_R:
+    if MEMORY:
         q = tl.where(positive, scale[:, None], -scale[:, None])
-        remember(r, index, inside & (scale == scale)[:, None], value, old, q, decay, sent)
+        remember(updated, index, inside, (scale == scale)[:, None], value, old, q, decay, sent, MEMORY)
 
 
 @triton.jit
 def _encode(
-    x, stride, r, alpha, decay, sent, numel, block, scales, words, tiles,
-    HAS_R: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, stride, r, updated, alpha, decay, sent, numel, block, scales, words, tiles,
+    MEMORY: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
     value = load_x(x, stride, index, inside)
-    old, p = compensate(value, r, alpha, index, inside, HAS_R)
+    old, p = compensate(value, r, alpha, index, inside, MEMORY)
     _finish(
-        scales, words, row, column, index, inside, value, old, p, r, decay, sent, numel, block,
-        HAS_R, GIVEN, ROWS, COLUMNS,
+        scales, words, row, column, index, inside, value, old, p, updated, decay, sent, numel, block,
+        MEMORY, GIVEN, ROWS, COLUMNS,
     )  # fmt: skip
 
 
@@ -72,8 +74,8 @@ def _decode_tile(scales, words, row, index, inside, block, numel):
 
 @triton.jit
 def _reduce(
-    in_scales, in_words, size, ranks, r, alpha, decay, sent, numel, block, scales, words, tiles,
-    HAS_R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    in_scales, in_words, size, ranks, numel, block, scales, words, tiles,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``size``: words between two ranks' payloads."""
     row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
@@ -83,10 +85,9 @@ def _reduce(
         in_words += size
         value += _decode_tile(in_scales, in_words, row, index, inside, block, numel)
     value = tl.where(inside, tl.div_rn(value, tl.zeros_like(value) + ranks), 0.0)
-    old, p = compensate(value, r, alpha, index, inside, HAS_R)
     _finish(
-        scales, words, row, column, index, inside, value, old, p, r, decay, sent, numel, block,
-        HAS_R, False, ROWS, COLUMNS,
+        scales, words, row, column, index, inside, value, value, value, scales, 1.0, 1.0, numel, block,
+        0, False, ROWS, COLUMNS,
     )  # fmt: skip
 
 
@@ -97,16 +98,6 @@ def _decode(
 ):  # fmt: skip
     row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
     write(out, index, inside, _decode_tile(scales, words, row, index, inside, block, numel), weight, ACCUMULATE)
-
-
-@triton.jit
-def _apply(
-    scales, words, param, m, lr, momentum, numel, block, tiles,
-    HAS_M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
-    update = _decode_tile(scales, words, row, index, inside, block, numel)
-    descend(param, m, index, inside, update, lr, momentum, HAS_M)
 
 
 @triton.jit
@@ -134,82 +125,49 @@ def _draw(
     store_codes(words, row, column, block, numel, positive.to(tl.int32), 1, ROWS, COLUMNS)
 
 
-def sign_encode(x, block, residual=None, alpha=1.0, decay=1.0, sent=1.0, out=None):
-    memory = Memory(residual, alpha, decay, sent)
-    layout.check_block(block)
-    layout.check_input(x, memory)
+def sign_encode(x, block, memory, out):
     numel, cut = x.numel(), Geometry(x.numel(), block)
-    out = layout.payload_for(out, layout.sign_bytes(numel, block), x)
     scales, words = layout.split(out, layout.blocks(numel, block))
     if cut.long:
-        largest, magnitudes, _ = moments(x, memory, block)
+        _, magnitudes, _ = moments(x, memory, block)
         starts = torch.arange(0, numel, block, device=x.device)
         mean = magnitudes / (numel - starts).clamp(max=block)
         scales.copy_(torch.where(mean.isfinite(), mean, torch.nan))
     arguments = x, x.stride(0), *factors(x, memory), numel, block, scales, words
-    cut.launch(_encode, x, *arguments, HAS_R=residual is not None, GIVEN=cut.long)
-    return out
+    cut.launch(_encode, x, *arguments, MEMORY=mode_of(memory), GIVEN=cut.long)
 
 
-def sign_decode(payload, numel, block, out=None, weight=1.0, accumulate=False):
-    layout.check_block(block)
-    layout.check_payload(payload, layout.sign_bytes(numel, block))
-    out = layout.result_for(out, numel, payload, accumulate)
+def sign_decode(payload, numel, block, out, weight, accumulate):
     scales, words = layout.split(payload, layout.blocks(numel, block))
     arguments = scales, words, out, float(weight), numel, block
     Geometry(numel, block).launch(_decode, payload, *arguments, ACCUMULATE=accumulate)
-    return out
 
 
-def sign_reduce(payloads, numel, block, out=None, *, residual=None, alpha=1.0, decay=1.0, sent=1.0):
-    memory = Memory(residual, alpha, decay, sent)
-    layout.check_block(block)
-    layout.check_payloads(payloads, layout.sign_bytes(numel, block))
-    layout.check_residual(memory, payloads, numel)
+def sign_reduce(payloads, numel, block, out):
     cut = Geometry(numel, block)
-    if cut.long:  # the scale of a long block takes a pass of its own, over the average
-        average = mean_in_rank_order([sign_decode(payload, numel, block) for payload in payloads])
-        return sign_encode(average, block, residual, alpha, decay, sent, out)
-    out = layout.payload_for(out, layout.sign_bytes(numel, block), payloads)
+    if cut.long:
+        decode = functools.partial(sign_decode, numel=numel, block=block)
+        return sign_encode(mean_of(payloads, numel, decode), block, None, out)
     scales, words = layout.split(out, layout.blocks(numel, block))
     in_scales, in_words = layout.split(payloads, layout.blocks(numel, block))
-    given = in_scales, in_words, payloads.shape[1] // 4, len(payloads)
-    arguments = *given, *factors(payloads, memory), numel, block, scales, words
-    cut.launch(_reduce, payloads, *arguments, HAS_R=residual is not None)
-    return out
+    arguments = in_scales, in_words, payloads.shape[1] // 4, len(payloads), numel, block, scales, words
+    cut.launch(_reduce, payloads, *arguments)
 
 
-def sign_vote(payloads, numel):
-    layout.check_payloads(payloads, 4 * layout.words(numel, 1))
-    out = torch.empty_like(payloads[0])
-    ballots, words = payloads.view(-1).view(torch.int32), out.view(-1).view(torch.int32)
-    block = 1024
+def sign_vote(payloads, numel, out):
+    ballots, words = payloads.view(-1).view(torch.int32), out.view(torch.int32)
+    block = 1024  # of the launch only
     arguments = ballots, payloads.shape[1] // 4, len(payloads), numel, block, words
     Geometry(numel, block).launch(_vote, payloads, *arguments)
-    return out
 
 
-def sign_apply(payload, param, block, lr, momentum_buffer=None, momentum=0.0):
-    numel = param.numel()
-    layout.check_block(block)
-    layout.check_payload(payload, layout.sign_bytes(numel, block))
-    layout.check_apply(payload, param, momentum_buffer)
-    scales, words = layout.split(payload, layout.blocks(numel, block))
-    m = param if momentum_buffer is None else momentum_buffer
-    arguments = scales, words, param.detach(), m.detach(), float(lr), float(momentum), numel, block
-    Geometry(numel, block).launch(_apply, payload, *arguments, HAS_M=momentum_buffer is not None)
-
-
-def sign_draw(x, key, out=None):
-    layout.check_input(x, Memory())
-    numel, whole = x.numel(), layout.single_block(x.numel())
-    out = layout.payload_for(out, layout.sign_bytes(numel, whole), x)
+def sign_draw(x, key, out):
+    numel = x.numel()
     if numel:
         scale, words = layout.split(out, 1)
-        largest, _, squares = moments(x, Memory(), MAX_COLUMNS)  # partial results, one a tile
+        largest, _, squares = moments(x, None, MAX_COLUMNS)  # partial results, one per tile
         norm = squares.sum().sqrt().clamp(max=SCALE_MAX)
         scale.copy_(torch.where(largest.amax() < _INF_BITS, norm, torch.nan))
         block = 1024  # of the launch only
         key_words = words_of(key._replace(offset=2 * key.offset))
         Geometry(numel, block).launch(_draw, x, x, x.stride(0), numel, block, scale, words, *key_words)
-    return out

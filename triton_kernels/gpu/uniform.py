@@ -1,4 +1,4 @@
-"""Triton kernels of the uniform codec; contracts in reference/uniform.py."""
+"""Triton kernels of the uniform codec; contracts in ops/uniform.py."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import triton
 import triton.language as tl
 
 from .. import layout
-from ..layout import SCALE_MAX, Memory
-from ..reference._memory import mean_in_rank_order
+from ..layout import SCALE_MAX
 from ..reference.uniform import grid
 from ._philox import KEY_ARGUMENTS, uniform16, words_of
 from ._tile import (
     ELEMENTS,
     Geometry,
     compensate,
-    descend,
     factors,
     load_codes,
     load_x,
     magnitude_bits,
+    mode_of,
     moments,
     place,
     remember,
@@ -45,10 +44,10 @@ def _scale(p, levels, L2: tl.constexpr):
 
 @triton.jit
 def _finish(
-    scales, words, row, column, index, inside, value, old, p, r, decay, sent, numel, block,
+    scales, words, row, column, index, inside, value, old, p, updated, decay, sent, numel, block,
     seed, tensor, first, step, rank, stream,
     BITS: tl.constexpr, L2: tl.constexpr, STOCHASTIC: tl.constexpr,
-    HAS_R: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MEMORY: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """From the compensated tile to payload and memory. ``GIVEN``: the scales stand in the payload already."""
     exists = row * block < numel
@@ -72,24 +71,24 @@ def _finish(
     z = tl.minimum(tl.maximum(z, -top), top)
     codes = tl.where(inside, z, 0.0).to(tl.int32)
     store_codes(words, row, column, block, numel, codes, BITS, ROWS, COLUMNS)
-    if HAS_R:
+    if MEMORY:
         q = z * tl.div_rn(scale, levels)[:, None]
-        remember(r, index, inside & (scale == scale)[:, None], value, old, q, decay, sent)
+        remember(updated, index, inside, (scale == scale)[:, None], value, old, q, decay, sent, MEMORY)
 
 
 @triton.jit(do_not_specialize=KEY_ARGUMENTS)
 def _encode(
-    x, stride, r, alpha, decay, sent, numel, block, scales, words,
+    x, stride, r, updated, alpha, decay, sent, numel, block, scales, words,
     seed, tensor, first, step, rank, stream, tiles,
     BITS: tl.constexpr, L2: tl.constexpr, STOCHASTIC: tl.constexpr,
-    HAS_R: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MEMORY: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
     value = load_x(x, stride, index, inside)
-    old, p = compensate(value, r, alpha, index, inside, HAS_R)
+    old, p = compensate(value, r, alpha, index, inside, MEMORY)
     _finish(
-        scales, words, row, column, index, inside, value, old, p, r, decay, sent, numel, block,
-        seed, tensor, first, step, rank, stream, BITS, L2, STOCHASTIC, HAS_R, GIVEN, ROWS, COLUMNS,
+        scales, words, row, column, index, inside, value, old, p, updated, decay, sent, numel, block,
+        seed, tensor, first, step, rank, stream, BITS, L2, STOCHASTIC, MEMORY, GIVEN, ROWS, COLUMNS,
     )  # fmt: skip
 
 
@@ -125,17 +124,16 @@ def _average(
 
 @triton.jit(do_not_specialize=KEY_ARGUMENTS)
 def _reduce(
-    in_scales, in_words, size, ranks, r, alpha, decay, sent, numel, block, scales, words,
+    in_scales, in_words, size, ranks, numel, block, scales, words,
     seed, tensor, first, step, rank, stream, tiles,
     BITS: tl.constexpr, L2: tl.constexpr, STOCHASTIC: tl.constexpr,
-    HAS_R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
     value = _mean_tile(in_scales, in_words, size, ranks, row, index, inside, block, numel, BITS)
-    old, p = compensate(value, r, alpha, index, inside, HAS_R)
     _finish(
-        scales, words, row, column, index, inside, value, old, p, r, decay, sent, numel, block,
-        seed, tensor, first, step, rank, stream, BITS, L2, STOCHASTIC, HAS_R, False, ROWS, COLUMNS,
+        scales, words, row, column, index, inside, value, value, value, scales, 1.0, 1.0, numel, block,
+        seed, tensor, first, step, rank, stream, BITS, L2, STOCHASTIC, 0, False, ROWS, COLUMNS,
     )  # fmt: skip
 
 
@@ -146,16 +144,6 @@ def _decode(
 ):  # fmt: skip
     row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
     write(out, index, inside, _decode_tile(scales, words, row, index, inside, block, numel, BITS), weight, ACCUMULATE)
-
-
-@triton.jit
-def _apply(
-    scales, words, param, m, lr, momentum, numel, block, tiles,
-    BITS: tl.constexpr, HAS_M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
-    update = _decode_tile(scales, words, row, index, inside, block, numel, BITS)
-    descend(param, m, index, inside, update, lr, momentum, HAS_M)
 
 
 @triton.jit(do_not_specialize=KEY_ARGUMENTS)
@@ -171,91 +159,50 @@ def _round(
     tl.store(out + index, tl.minimum(tl.maximum(z, -levels), levels) * width, mask=inside)
 
 
-def _scales_of_long_blocks(x, memory, block, levels, scale):
+def _scales_of_long_blocks(x, memory, block, levels, l2):
     """What `_scale` computes, for blocks that no program holds whole."""
     largest, _, squares = moments(x, memory, block)
-    norm = largest.view(torch.float32) if scale == "absmax" else squares.sqrt().float()
+    norm = squares.sqrt().float() if l2 else largest.view(torch.float32)
     norm = norm.clamp(max=SCALE_MAX)
     norm = torch.where((torch.full_like(norm, levels) / norm).isinf(), 0.0, norm)
     return torch.where(largest < _INF_BITS.value, norm, torch.nan)
 
 
-def uniform_encode(
-    x, bits, block, key=None, scale="absmax", rounding="stochastic",
-    residual=None, alpha=1.0, decay=1.0, sent=1.0, out=None,
-):  # fmt: skip
-    memory = Memory(residual, alpha, decay, sent)
-    layout.check_uniform(bits, block, key, scale, rounding)
-    layout.check_input(x, memory)
+def uniform_encode(x, bits, block, key, l2, memory, out):
     numel, cut = x.numel(), Geometry(x.numel(), block)
-    out = layout.payload_for(out, layout.uniform_bytes(numel, bits, block), x)
     scales, words = layout.split(out, layout.blocks(numel, block))
     if cut.long:
-        scales.copy_(_scales_of_long_blocks(x, memory, block, layout.uniform_levels(bits), scale))
-    constants = {"BITS": bits, "L2": scale == "l2", "STOCHASTIC": rounding == "stochastic"}
+        scales.copy_(_scales_of_long_blocks(x, memory, block, layout.uniform_levels(bits), l2))
+    constants = {"BITS": bits, "L2": l2, "STOCHASTIC": key is not None, "MEMORY": mode_of(memory)}
     arguments = x, x.stride(0), *factors(x, memory), numel, block, scales, words, *words_of(key)
-    cut.launch(_encode, x, *arguments, HAS_R=residual is not None, GIVEN=cut.long, **constants)
-    return out
+    cut.launch(_encode, x, *arguments, GIVEN=cut.long, **constants)
 
 
-def uniform_decode(payload, numel, bits, block, out=None, weight=1.0, accumulate=False):
-    layout.check_bits(bits)
-    layout.check_block(block)
-    layout.check_payload(payload, layout.uniform_bytes(numel, bits, block))
-    out = layout.result_for(out, numel, payload, accumulate)
+def uniform_decode(payload, numel, bits, block, out, weight, accumulate):
     scales, words = layout.split(payload, layout.blocks(numel, block))
     arguments = scales, words, out, float(weight), numel, block
     Geometry(numel, block).launch(_decode, payload, *arguments, BITS=bits, ACCUMULATE=accumulate)
-    return out
 
 
-def uniform_reduce(
-    payloads, numel, bits, block, key=None, scale="absmax", rounding="stochastic", out=None,
-    *, residual=None, alpha=1.0, decay=1.0, sent=1.0,
-):  # fmt: skip
-    memory = Memory(residual, alpha, decay, sent)
-    layout.check_uniform(bits, block, key, scale, rounding)
-    layout.check_payloads(payloads, layout.uniform_bytes(numel, bits, block))
-    layout.check_residual(memory, payloads, numel)
+def uniform_reduce(payloads, numel, bits, block, key, l2, out):
     cut = Geometry(numel, block)
     if cut.long:  # the scale of a long block takes a pass of its own, over the average
-        average = mean_in_rank_order([uniform_decode(payload, numel, bits, block) for payload in payloads])
-        return uniform_encode(average, bits, block, key, scale, rounding, residual, alpha, decay, sent, out)
-    out = layout.payload_for(out, layout.uniform_bytes(numel, bits, block), payloads)
+        average = torch.empty(numel, dtype=torch.float32, device=payloads.device)
+        uniform_average(payloads, numel, bits, block, average)
+        return uniform_encode(average, bits, block, key, l2, None, out)
     scales, words = layout.split(out, layout.blocks(numel, block))
     in_scales, in_words = layout.split(payloads, layout.blocks(numel, block))
-    constants = {"BITS": bits, "L2": scale == "l2", "STOCHASTIC": rounding == "stochastic"}
     given = in_scales, in_words, payloads.shape[1] // 4, len(payloads)
-    arguments = *given, *factors(payloads, memory), numel, block, scales, words, *words_of(key)
-    cut.launch(_reduce, payloads, *arguments, HAS_R=residual is not None, **constants)
-    return out
+    arguments = *given, numel, block, scales, words, *words_of(key)
+    cut.launch(_reduce, payloads, *arguments, BITS=bits, L2=l2, STOCHASTIC=key is not None)
 
 
-def uniform_average(payloads, numel, bits, block, out=None):
-    layout.check_bits(bits)
-    layout.check_block(block)
-    layout.check_payloads(payloads, layout.uniform_bytes(numel, bits, block))
-    out = layout.result_for(out, numel, payloads, False)
+def uniform_average(payloads, numel, bits, block, out):
     scales, words = layout.split(payloads, layout.blocks(numel, block))
     arguments = scales, words, payloads.shape[1] // 4, len(payloads), out, numel, block
     Geometry(numel, block).launch(_average, payloads, *arguments, BITS=bits)
-    return out
 
 
-def uniform_apply(payload, param, bits, block, lr, momentum_buffer=None, momentum=0.0):
-    numel = param.numel()
-    layout.check_bits(bits)
-    layout.check_block(block)
-    layout.check_payload(payload, layout.uniform_bytes(numel, bits, block))
-    layout.check_apply(payload, param, momentum_buffer)
-    scales, words = layout.split(payload, layout.blocks(numel, block))
-    m = param if momentum_buffer is None else momentum_buffer
-    arguments = scales, words, param.detach(), m.detach(), float(lr), float(momentum), numel, block
-    Geometry(numel, block).launch(_apply, payload, *arguments, BITS=bits, HAS_M=momentum_buffer is not None)
-
-
-def uniform_round(x, bits, scale, key, out=None):
-    out = layout.check_round(x, bits, scale, out)
+def uniform_round(x, bits, scale, key, out):
     arguments = x.detach(), out.detach(), *grid(bits, scale), float(layout.uniform_levels(bits)), x.numel(), ELEMENTS
     Geometry(x.numel(), ELEMENTS).launch(_round, x, *arguments, *words_of(key))
-    return out

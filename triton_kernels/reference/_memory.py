@@ -7,17 +7,17 @@ import torch
 from ..layout import Memory, blocks
 
 
-def compensate(x: torch.Tensor, memory: Memory) -> torch.Tensor:
+def compensate(x: torch.Tensor, memory: Memory | None) -> torch.Tensor:
     """``p = x + alpha * r`` in fp32, a new tensor."""
     p = x.to(torch.float32, copy=True)
-    return p if memory.residual is None else p + memory.alpha * memory.residual
+    return p if memory is None else p + memory.alpha * memory.residual
 
 
-def remember(x: torch.Tensor, q: torch.Tensor, keep: torch.Tensor, memory: Memory) -> None:
-    """``r <- decay * r + x - sent * q`` in place, except where ``keep`` (bool, per element) holds."""
-    r = memory.residual
-    if r is not None:
-        r.copy_(torch.where(keep, r, memory.decay * r + x.to(torch.float32) - memory.sent * q))
+def remember(x: torch.Tensor, q: torch.Tensor, keep: torch.Tensor, memory: Memory | None) -> None:
+    """The new memory ``decay * r + x - sent * q``, or r where ``keep`` (bool, per element) holds."""
+    if memory is not None:
+        r = memory.residual
+        memory.updated.copy_(torch.where(keep, r, memory.decay * r + x.to(torch.float32) - memory.sent * q))
 
 
 def blocked(x: torch.Tensor, block: int) -> torch.Tensor:
@@ -27,7 +27,7 @@ def blocked(x: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def per_element(values: torch.Tensor, numel: int, block: int) -> torch.Tensor:
-    """One value a block -> one value an element."""
+    """One value per block -> one value per element."""
     return values.repeat_interleave(block)[:numel]
 
 
@@ -36,10 +36,10 @@ def divide(a: torch.Tensor, b: float) -> torch.Tensor:
     return a / torch.full_like(a, b)
 
 
-def store(values: torch.Tensor, out: torch.Tensor, weight: float, accumulate: bool) -> torch.Tensor:
-    """``out = weight * values`` or ``out += weight * values``; returns ``out``."""
+def store(values: torch.Tensor, out: torch.Tensor, weight: float, accumulate: bool) -> None:
+    """``out = weight * values`` or ``out += weight * values``."""
     weighted = weight * values
-    return out.copy_(out + weighted if accumulate else weighted)
+    out.copy_(out + weighted if accumulate else weighted)
 
 
 def mean_in_rank_order(decoded: list[torch.Tensor]) -> torch.Tensor:
@@ -48,12 +48,3 @@ def mean_in_rank_order(decoded: list[torch.Tensor]) -> torch.Tensor:
     for values in decoded[1:]:
         total += values
     return divide(total, len(decoded))
-
-
-def descend(
-    param: torch.Tensor, update: torch.Tensor, lr: float, momentum_buffer: torch.Tensor | None, momentum: float
-) -> None:
-    """``param -= lr * update`` in place, through ``m = momentum * m + update`` when a buffer is given."""
-    if momentum_buffer is not None:
-        update = momentum_buffer.copy_(momentum * momentum_buffer + update)
-    param.copy_(param - lr * update)

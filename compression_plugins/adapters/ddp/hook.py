@@ -12,7 +12,6 @@ second NCCL communicator.
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +30,7 @@ from ...engine.session import Session
 from ...engine.state import reshard
 from ...errors import CompressionError, UnsupportedError
 from ...transports.torch_distributed import TorchDistributed
+from ..shared.forward import after_this_backward
 from ..shared.store_handshake import handshake
 from .model import hook_of, image, refuse, sparse
 
@@ -38,7 +38,6 @@ _DROPS = 20  # reductions thrown away before any optimizer has stepped, until so
 _MICRO = 1 << 20  # more reductions than a step has
 
 _compressed: weakref.WeakKeyDictionary[Any, Compression] = weakref.WeakKeyDictionary()
-_opened: Counter[str] = Counter()
 _watching: list[Any] = []
 
 
@@ -109,7 +108,10 @@ class Compression:
         sparse_ids = sparse(ddp.module)
         reduced = {name: p for name, p in named.items() if p.requires_grad and id(p) not in sparse_ids}
         frozen = [name for name in named if name not in reduced]
-        self.session = Session("DDP", config, reduced, frozen, speaks=self._rank == 0)
+        ranks = "-".join(map(str, dist.get_process_group_ranks(self._group)))
+        self.session = Session("DDP", config, reduced, frozen, self._rank == 0, f"ddp.{ranks}")
+        if self._size > 1:
+            self.session.make_hooks()
         self._names = {id(p): name for name, p in reduced.items()}
         self.registered = False
         self._fillings: Fillings | None = None
@@ -135,19 +137,16 @@ class Compression:
             return
         self.session.preload(self._rank, self._size)
         ddp.register_comm_hook(self, reduce_bucket)
+        if self.session.hooks:
+            ddp.module.register_state_dict_pre_hook(_before_state_dict)
 
     def _open(self) -> Fillings:
-        session, ranks = self.session, "-".join(map(str, dist.get_process_group_ranks(self._group)))
-        key = f"compression_plugins/ddp/{ranks}/{_opened[ranks]}"
-        _opened[ranks] += 1
+        session = self.session
         facts = {**session.facts(), "torch": torch.__version__, "tensors": session.tensors()}
-        handshake(_get_default_store(), key, self._rank, self._size, facts, host="DDP compression")
+        handshake(_get_default_store(), session.name, self._rank, self._size, facts, host="DDP compression")
         session.start(TorchDistributed(self._group))
         if self._loaded:
-            session.load_state_dict(self._loaded)
-        ddp = self._ddp()
-        if session.hooks and ddp is not None:
-            ddp.module.register_state_dict_pre_hook(_before_state_dict)
+            session.reducer.load_state_dict(self._loaded)
         session.opened()
         return Fillings(session.plan, session.reducer)
 
@@ -253,6 +252,8 @@ class Compression:
             self._backward = register_multi_grad_hook(live, self._begin_backward, mode="any")
         if training:
             self.session.before_forward()
+        else:
+            self.session.after_backward()
 
     def _begin_backward(self, _: Tensor) -> None:
         """No gradient of this backward pass has been accumulated yet."""
@@ -265,7 +266,7 @@ class Compression:
             if self._drops == _DROPS and not self.session.reducer.step:
                 warn(f"DDP: gradients were dropped {_DROPS} times, and no torch optimizer has stepped these parameters")
         if self.session.hooks:
-            torch.autograd.Variable._execution_engine.queue_callback(self.session.after_backward)
+            after_this_backward(self.session)
 
     def stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer, perhaps of other parameters, has stepped."""
@@ -307,6 +308,7 @@ class Compression:
             self._reductions = 0
         else:
             self._loaded = state
+            self.session.load_hooks(state)
 
 
 def reduce_bucket(state, bucket):  # DDP reads the signature and refuses annotations that are text
@@ -317,9 +319,11 @@ def reduce_bucket(state, bucket):  # DDP reads the signature and refuses annotat
 
 @torch.compiler.disable
 def _before_forward(module: Any, _: Any) -> None:
-    if not torch.is_grad_enabled():
-        return
     compression = _compressed.get(module)
+    if not torch.is_grad_enabled():
+        if compression is not None:
+            compression.session.after_backward()  # an evaluation sees exact parameters
+        return
     if compression is None:
         if module.training:
             warn("DDP: this is a copy of a compressed model, whose hook is not copied: it trains dense")

@@ -106,7 +106,7 @@ def _check_door() -> None:
     if not any(entry.value.startswith("compression_plugins.") for entry in entries):
         raise CompressionError(
             "compression_plugins is importable but not installed, so that workers would not notice it: "
-            "`pip install` it, or import compression_plugins.adapters.horovod in the script"
+            "`pip install` it, or import compression_plugins.horovod in the script"
         )
 
 
@@ -144,6 +144,6 @@ class _Argparse:
 
 
 if __name__ == "__main__":  # through the package, so that this module is not loaded a second time under another name
-    from compression_plugins.adapters.horovod import launch as horovod_launch
+    from compression_plugins.adapters.horovod import launch
 
-    sys.exit(horovod_launch.main(sys.argv[1:]))
+    sys.exit(launch.main(sys.argv[1:]))

@@ -13,7 +13,8 @@ compressor, or the scheme `none`, keep Horovod's own code.
 What is kept from step to step (residuals) is this rank's own. It is not in `optimizer.state_dict()`, which Horovod
 broadcasts from rank 0: each rank saves and restores its own by `state_dict(optimizer)` and
 `load_state_dict(optimizer, state)` of this module.
-With a loss scaler, call `synchronize()` and `unscale_` as Horovod documents; residuals are in units of the scaled loss.
+With a loss scaler, call `synchronize()` and `unscale_` as Horovod documents; residuals are kept in units of the
+unscaled loss.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import horovod
+import torch
 from horovod.torch import mpi_ops
 from horovod.torch import optimizer as host
 from horovod.torch.compression import Compressor, NoneCompressor
@@ -36,8 +38,8 @@ from ...config import Config, from_environment
 from ...engine.notice import announce
 from ...errors import UnsupportedError, nearest
 from ...schemes import registry
-from . import elastic as horovod_elastic
-from .session import Session, agree_on_steps, sessions
+from . import elastic
+from .session import HorovodSession, agree_on_steps, sessions
 
 _CONSTRUCTOR = [
     *("self", "params", "named_parameters", "compression", "backward_passes_per_step", "op"),
@@ -111,7 +113,7 @@ def load_state_dict(optimizer: Any, state: dict[str, Any]) -> None:
     _session(optimizer).load_state_dict(state)
 
 
-def _session(optimizer: Any) -> Session:
+def _session(optimizer: Any) -> HorovodSession:
     session = getattr(optimizer, "_compression_session", None)
     if session is None:
         raise UnsupportedError("this optimizer is not a compressed hvd.DistributedOptimizer")
@@ -135,7 +137,7 @@ def install() -> None:
             f"constructor {arguments}, missing {missing}"
         )
     _unset_malformed_variables()
-    horovod_elastic.install()
+    elastic.install()
     cls._compression_session = None
     for name, wrapper in _SEAMS.items():
         setattr(cls, name, wrapper(getattr(cls, name)))
@@ -195,11 +197,9 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
                 announce("horovod: groups= is replaced by the compression plan's buckets (bucket_mb)")
         original(*call.args, **call.kwargs)
         optimizer = given["self"]
-        optimizer._compression_session = Session(compression.config, optimizer)
+        optimizer._compression_session = HorovodSession(compression.config, optimizer)
         if mpi_ops.size() == 1 and os.environ.get("HOROVOD_ELASTIC") != "1":
-            announce(
-                "horovod: one rank only, for which Horovod registers no hooks; nothing is communicated or compressed"
-            )
+            announce("horovod: one rank only; nothing is communicated or compressed")
 
     return __init__
 
@@ -221,14 +221,15 @@ def _adasum_init(original: Callable[..., None]) -> Callable[..., None]:
 def _allreduce_grad_async(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def allreduce(self: Any, p: Tensor) -> tuple[Any, Any]:
-        session: Session | None = self._compression_session
+        session: HorovodSession | None = self._compression_session
         if session is None:
             return original(self, p)
-        if p.grad is None:  # another rank may have one
-            p.grad = p.data.new_zeros(p.shape)
+        absent = p.grad is None
+        if absent:  # another rank may have one
+            p.grad = torch.zeros_like(p)
         if session.takes(p):
-            return session.submit(p), None
-        if not p.grad.is_sparse:
+            return session.submit(p, absent), None
+        if p.grad is not None and not p.grad.is_sparse:
             p.grad = p.grad.to_sparse(1)
         return self._sparse_allreduce_grad_async(p, self._parameter_names[p])
 
@@ -238,35 +239,32 @@ def _allreduce_grad_async(original: Callable[..., Any]) -> Callable[..., Any]:
 def _synchronize(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def synchronize(self: Any) -> None:
+        session: HorovodSession | None = self._compression_session
+        if session is None or not session.included:
+            return original(self)
+        session.begin_synchronize()
         original(self)
-        if self._compression_session is not None:
-            self._compression_session.end_step()
+        session.end_synchronize()
 
     return synchronize
 
 
 def _step(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Weights that were quantized for the forward pass are exact again when the real optimizer steps.
-
-    After `synchronize()`, that is: only then is it settled, in elastic training, whose weights are valid.
-    """
+    """A step of the optimizer ends the step of compression."""
 
     @functools.wraps(original)
     def step(self: Any, closure: Any = None) -> Any:
-        session: Session | None = self._compression_session
-        if session is None:
-            return original(self, closure)
-        if not self._should_synchronize:
-            session.restore_weights()
+        session: HorovodSession | None = self._compression_session
         loss = original(self, closure)
-        session.quantize_weights()
+        if session is not None:
+            session.stepped()
         return loss
 
     return step
 
 
 def _zero_grad(original: Callable[..., None]) -> Callable[..., None]:
-    """With torch's `set_to_none`, which Horovod's own does not take."""
+    """Drops gradients that no step was made with. Takes torch's `set_to_none`, which Horovod's own does not."""
 
     @functools.wraps(original)
     def zero_grad(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -274,6 +272,7 @@ def _zero_grad(original: Callable[..., None]) -> Callable[..., None]:
             return original(self, *args, **kwargs)
         if self._handles:
             return original(self)  # raises
+        self._compression_session.drop()
         return super(self.__class__, self).zero_grad(*args, **kwargs)
 
     return zero_grad

@@ -26,7 +26,7 @@ def torchrun(
     launcher: Sequence[str] = OURS,
     environment: dict[str, str] | None = None,
     status: int | None = 0,
-    timeout: float = 200,
+    timeout: float = 280,
 ) -> str:
     """Run `scripts/<script>` on CPU; returns what all ranks printed.
 

@@ -34,13 +34,15 @@ TRAININGS = {
 }
 #: Here DDP itself loses what joined ranks do not add again, so the law is that of DDP.
 SHADOWED = {"branch": ["all"], "join": True, "micro": 2, "sync": True, "drop": "none"}
-OTHERS = ("resume", "two_models", "two_optimizers", "quantized_weights", "sparse", "kept", "refusals")
+RESUMED = (LEADERS, {"scheme": "double_quantization", "mu": 1e4, "snapshot_steps": 4, "min_numel": 0})
+OTHERS = ("two_models", "two_optimizers", "quantized_weights", "sparse", "kept", "refusals")
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     cases = {name: ["train", options] for name, options in TRAININGS.items()}
     cases |= {law: [law, {}] for law in OTHERS}
+    cases |= {f"resume {config['scheme']}": ["resume", {"config": config}] for config in RESUMED}
     whole = {"scheme": "randomk", "ratio": 1, "min_numel": 0}  # all coordinates, in an order that the step seeds
     cases |= {f"shadowed {config is None}": ["train", {"config": config, **SHADOWED}] for config in (None, whole)}
     return run_cases(tmp_path_factory.mktemp("two"), "laws.py", cases)
@@ -88,8 +90,9 @@ def test_a_step_is_what_an_optimizer_did(two, three):
     assert two["two_optimizers"][0]["missing"] < 2e-5
 
 
-def test_a_run_that_is_resumed_ends_bit_for_bit_as_one_that_was_not(two):
-    for report in two["resume"]:
+@pytest.mark.parametrize("scheme", [config["scheme"] for config in RESUMED])
+def test_a_run_that_is_resumed_ends_bit_for_bit_as_one_that_was_not(two, scheme):
+    for report in two[f"resume {scheme}"]:
         assert report["resumed"] == [report["straight"]] * 2
         assert "give a list of all ranks' states instead" in report["refused"]
 

@@ -128,7 +128,7 @@ def digest(module):
     return float(sum((p.detach().double() * (i + 1)).sum() for i, p in enumerate(module.parameters())))
 
 
-def resume():
+def resume(config):
     """Six steps, then six; against twelve in one go. The state goes through a file, and through a list of all ranks."""
 
     def run(ddp, optimizer, steps):
@@ -139,7 +139,7 @@ def resume():
 
     def build():
         ddp = DistributedDataParallel(seeded(Net), find_unused_parameters=True)
-        compression.compress(ddp, "scalecom", ratio=8, min_numel=0)
+        compression.compress(ddp, config)
         return ddp, torch.optim.Adam(ddp.parameters(), lr=1e-2)
 
     straight, optimizer = build()

@@ -24,7 +24,7 @@ log: dict[str, object] = {}
 
 def memory() -> float:
     """What this rank has not sent yet."""
-    pieces = optimizer._compression_session.state_dict()["residuals"].values()
+    pieces = optimizer._compression_session.state_dict()["vectors"]["residual"].values()
     return sum(float(piece.abs().sum()) for parts in pieces for piece in parts.values())
 
 

@@ -25,6 +25,8 @@ def a_rank_that_never_comes_is_reported() -> None:
     if R == 0:
         backward(model, 0)
         opt.step()
+    else:
+        assert opt._compression_session.name  # its place in the order of first uses
 
 
 os.environ["COMPRESSION_PLUGINS_HANDSHAKE_TIMEOUT"] = "60"

@@ -1,0 +1,11 @@
+"""Compression for a Horovod script that chooses its scheme itself; importing this installs the adapter.
+
+import horovod.torch as hvd
+from compression_plugins.horovod import Compression
+
+optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=..., compression=Compression.scalecom(ratio=100))
+"""
+
+from .adapters.horovod.optimizer import Compression, load_state_dict, state_dict
+
+__all__ = ["Compression", "load_state_dict", "state_dict"]

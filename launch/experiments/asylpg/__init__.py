@@ -1,0 +1,1 @@
+"""Double quantization by a parameter server: AsyLPG and its relatives."""

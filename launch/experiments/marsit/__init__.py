@@ -1,0 +1,1 @@
+"""Marsit: one bit a value on a ring or torus."""

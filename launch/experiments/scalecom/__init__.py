@@ -1,0 +1,1 @@
+"""ScaleCom: top-k by a leader that rotates, similar memories."""
