@@ -3,10 +3,12 @@
 import contextlib
 import copy
 import functools
+import gc
 import io
 import json
 import os
 import sys
+import weakref
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import compression_plugins.ddp as compression
+from compression_plugins.adapters.ddp import find
 
 SIGNS = {"scheme": "ef_signsgd", "block": 32, "min_numel": 0, "bucket_mb": 0.01}
 LEADERS = {"scheme": "scalecom", "ratio": 8, "min_numel": 0, "bucket_mb": 0.01}
@@ -254,7 +257,7 @@ def sparse():
 
 
 def kept():
-    """Gradients that a script keeps are its own; a copy of the model does not carry the session away."""
+    """Gradients that a script keeps are its own; a copy does not carry the session away; what is deleted is freed."""
     found = {}
     for view in (False, True):
         ddp = DistributedDataParallel(seeded(Net), find_unused_parameters=True, gradient_as_bucket_view=view)
@@ -271,6 +274,11 @@ def kept():
     twin = copy.deepcopy(ddp)
     with contextlib.redirect_stderr(said):
         twin(draw(0, 8, 16)).square().mean().backward()
+    gone = weakref.ref(ddp), weakref.ref(find(ddp).session)
+    ddp(draw(0, 8, 16))  # a forward pass that no backward pass follows
+    del ddp, optimizer
+    gc.collect()
+    found["freed"] = gone[0]() is None and gone[1]() is None
     return {**found, "copied": "is a copy of a compressed model" in said.getvalue()}
 
 
