@@ -15,6 +15,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache > .venv/imports.log 2>&1 || { cat .venv/imports.log; exit 1; }
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not alone"

@@ -6,6 +6,8 @@ DeepSpeed config is enough. The names below are for scripts that choose a scheme
 
 from __future__ import annotations
 
+from ._version import __version__
+
 TYPE_CHECKING = False  # as in typing; this package is imported at every interpreter start, see adapters/autoload.py
 if TYPE_CHECKING:
     from typing import Any
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from .errors import CompressionError as CompressionError
     from .schemes.registry import register as register
 
-__version__ = "0.1.0"
 _PLACES = {
     "Compression": ".horovod",
     "CompressionError": ".errors",

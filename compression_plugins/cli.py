@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from . import __version__
+from ._version import __version__
 from .config import Config, parse_assignments
 from .core.call import Segment
 from .errors import CompressionError
@@ -28,6 +28,7 @@ COMMANDS = {
     "bench": "time kernels or schemes on this machine, or measure an experiment of real jobs (needs the repository)",
     "report": "page and pictures of what `bench` has measured; needs the repository",
     "horovodrun": "horovodrun with --compression, where the plain command cannot be extended",
+    "torchrun": "torchrun with --compression, for scripts of torch DDP",
 }
 
 
@@ -40,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .adapters.horovod.launch import main as horovodrun
 
         return horovodrun(arguments[1:])
+    if arguments[:1] == ["torchrun"]:
+        from .adapters.ddp.launch import main as torchrun
+
+        return torchrun(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="compression-plugins", description="Communication compression for Horovod and DeepSpeed."
     )

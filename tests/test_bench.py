@@ -10,7 +10,7 @@ import torch
 from compression_plugins.bench import __main__ as bench
 from compression_plugins.bench import kernels
 from compression_plugins.schemes import registry
-from compression_plugins.triton_kernels import dispatch
+from compression_plugins.triton_kernels import ops
 
 COLUMNS = {
     "machine", "device", "date", "torch", "triton", "numba", "numpy", "numel", "kernel", "setting",
@@ -28,7 +28,7 @@ def test_every_kernel_has_a_row_with_every_column(capsys, tmp_path):
     path = tmp_path / "rows.jsonl"
     text = run(capsys, "--numel", "3001", "--no-compile", "--json", str(path))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert {row["kernel"] for row in rows} == set(dispatch.FAMILY_OF)
+    assert {row["kernel"] for row in rows} == set(ops.FAMILY_OF)
     for row in rows:
         assert set(row) == COLUMNS
         assert row["numel"] == 3001 and row["implementation"] == "cpu" and row["machine"]

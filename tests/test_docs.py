@@ -46,6 +46,7 @@ QUICK = (
     "python -m launch",
 )
 JOBS = ("horovodrun ", "deepspeed ", "compression-plugins horovodrun ")
+DDP_JOBS = ("compression-plugins torchrun ", "env COMPRESSION_PLUGINS_CONFIG")
 
 
 def blocks(*languages: str) -> list[tuple[str, str]]:
@@ -75,6 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     short = "import sys\nsys.argv += ['--steps', '3', '--width', '64', '--record', 'record']\n"
     (place / "train.py").write_text(f"{short}from launch.train import main\nmain()\n")
     (place / "train_deepspeed.py").write_text(f"{short}from launch.train_deepspeed import main\nmain()\n")
+    (place / "train_ddp.py").write_text((ROOT / "tests/hosts/ddp/scripts/plain.py").read_text())
     (place / "launch").symlink_to(ROOT / "launch")  # commands that need the repository are typed in a clone of it
     (place / "scalecom.yaml").write_text((ROOT / "configs/scalecom.yaml").read_text())
     documents = {
@@ -99,7 +101,7 @@ def run(command: str, folder: Path) -> str:
 
 def test_every_command_of_the_pages_is_run_somewhere() -> None:
     assert len(commands()) > 10
-    run_here = {*only(QUICK), *only(JOBS)}
+    run_here = {*only(QUICK), *only(JOBS), *only(DDP_JOBS)}
     assert [line for line in commands() if line not in RUN_ELSEWHERE and line not in run_here] == []
 
 
@@ -122,6 +124,13 @@ def test_a_job_of_the_pages_trains_compressed(command: str, folder: Path) -> Non
     assert "5 tensors" not in text and "6 tensors" in text, f"no table of a compressed job in\n{text[-3000:]}"
     records = [json.loads(line) for line in (folder / "record/rank1.jsonl").read_text().splitlines()]
     assert records[-1]["kind"] == "end"
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("command", only(DDP_JOBS))
+def test_a_ddp_job_of_the_pages_trains_compressed(command: str, folder: Path) -> None:
+    text = run(command, folder)
+    assert "6 tensors" in text and '"equal": true' in text and "12 steps on 2 ranks" in text
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("yaml", "json"))

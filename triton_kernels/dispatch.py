@@ -95,11 +95,3 @@ class Bodies:
         if like.is_cpu and not (_running.get() or os.environ.get(ENVIRONMENT)):
             return load("cpu", self.family)
         return load(implementation(like.device), self.family)
-
-
-def __getattr__(name: str) -> Any:
-    if name == "FAMILY_OF":  # its modules import this one
-        from .ops import FAMILY_OF
-
-        return FAMILY_OF
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

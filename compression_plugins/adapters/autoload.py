@@ -26,18 +26,22 @@ _ADAPTERS = {
     "deepspeed.runtime.engine": ("compression_plugins.adapters.deepspeed.engine", False),
     "horovod.torch.optimizer": ("compression_plugins.adapters.horovod.optimizer", True),
     "horovod.runner.launch": ("compression_plugins.adapters.horovod.launch", False),
+    "torch.nn.parallel.distributed": ("compression_plugins.adapters.ddp.notice", True),
 }
 
 
 def autoload() -> None:
     """Watch for the hosts; adapters of hosts that are imported already are installed now. Idempotent; never raises."""
     try:
-        if any(isinstance(finder, HostFinder) for finder in sys.meta_path):
-            return
-        sys.meta_path.insert(0, HostFinder())
+        finder = next((finder for finder in sys.meta_path if isinstance(finder, HostFinder)), None)
+        if finder is None:
+            finder = HostFinder()
+            sys.meta_path.insert(0, finder)
         for name in _ADAPTERS:
             module = sys.modules.get(name)
-            if module is not None and not getattr(module.__spec__, "_initializing", False):
+            initializing = module is not None and getattr(module.__spec__, "_initializing", False)
+            if module is not None and not initializing and name not in finder.joined:
+                finder.joined.add(name)
                 install_adapter(name)
     except Exception as error:  # a failure here would break `import torch` for everybody
         import warnings
@@ -74,12 +78,21 @@ def install_adapter(host: str) -> None:
 
 
 class HostFinder:
-    """Finds nothing itself: asks the finders behind it and adds the adapter to what they found."""
+    """Finds nothing itself: asks the finders behind it and adds the adapter to what they found.
+
+    Parts of torch are no business of it: they come before torch is complete, and `autoload` is called when it is.
+
+    Attributes:
+        joined: hosts whose adapters are installed.
+    """
+
+    def __init__(self) -> None:
+        self.joined: set[str] = set()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _ADAPTERS:
+        if fullname not in _ADAPTERS or fullname.startswith("torch."):
             return None
         for finder in sys.meta_path:
             find = getattr(finder, "find_spec", None)
@@ -89,6 +102,7 @@ class HostFinder:
             if spec is not None:
                 if hasattr(spec.loader, "exec_module"):
                     spec.loader = _InstallingLoader(spec.loader, fullname)
+                    self.joined.add(fullname)
                 return spec
         return None
 

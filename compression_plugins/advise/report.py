@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from .. import __version__
+from .._version import __version__
 from ..bench.timing import machine as machine_facts
 from ..errors import ConfigError
 from .choose import Choice, Row, reasons, table

@@ -23,7 +23,7 @@ import torch
 
 from .. import triton_kernels as K
 from ..errors import ConfigError, UnsupportedError
-from ..triton_kernels import dispatch
+from ..triton_kernels import dispatch, ops
 from .table import aligned
 from .timing import copy_rate, machine, median_seconds, one_thread
 
@@ -211,9 +211,9 @@ def run(
 
 
 def _matching(patterns: Sequence[str]) -> set[str]:
-    names = {name for pattern in patterns or ["*"] for name in fnmatch.filter(dispatch.FAMILY_OF, pattern)}
+    names = {name for pattern in patterns or ["*"] for name in fnmatch.filter(ops.FAMILY_OF, pattern)}
     if not names:
-        raise ConfigError(f"no kernel matches {', '.join(patterns)}; kernels: {', '.join(dispatch.FAMILY_OF)}")
+        raise ConfigError(f"no kernel matches {', '.join(patterns)}; kernels: {', '.join(ops.FAMILY_OF)}")
     return names
 
 

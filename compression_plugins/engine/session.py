@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import __version__
+from .._version import __version__
 from ..config import Config
 from ..errors import UnsupportedError
 from ..optimizer.hooks import StepHook

@@ -146,7 +146,7 @@ class Scheme(BaseModel):
             return self.collective.bits(self.codec, total(segments), size)
         from .trace import traced_bits
 
-        return traced_bits(self, segments, size)
+        return traced_bits(self.mean, segments, size)
 
     @property
     def _codec(self) -> Codec:

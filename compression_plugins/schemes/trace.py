@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from .. import triton_kernels as K
 from .._lazy import torch
-from ..core.call import Call, Segment, total
+from ..core.call import Call, Reduction, Segment, total
 from ..core.clock import Clock
 from ..core.memory import Vector
 from ..transports.echo import EchoTransport
@@ -15,29 +15,41 @@ from ..transports.echo import EchoTransport
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .base import Scheme
+    from ..transports.base import Handle
 
 _ROUND = 1  # a usual step: what a scheme does now and then, it does in round 0
 
 
-def traced_bits(scheme: Scheme, segments: Sequence[Segment], size: int, device: str = "cpu") -> float:
+def traced_bits(
+    mean: Callable[[Tensor, Call], Reduction], segments: Sequence[Segment], size: int, device: str = "cpu"
+) -> float:
     """Bits that each of `size` ranks sends in one average of a bucket of `segments`, the mean over ranks.
 
-    One rank's operations stand for all: a transport counts an operation as its mean over ranks, and all ranks hand in
-    equal lengths.
+    Args:
+        mean: of a scheme.
+
+    Rank 0's operations stand for all: ranks hand in equal lengths, and shards cut alike.
     """
-    transport = EchoTransport(0, size)
+    transport = _Counting(0, size)
     numel = total(segments)
     slots = _Slots(numel, device)
     key = K.Key(0, 0, _ROUND, 0)
     call = Call(transport, key, Clock(_ROUND, 0, _ROUND), segments, None, slots)
-    program = scheme.mean(torch.ones(numel, device=device), call)
+    program = mean(torch.ones(numel, device=device), call)
     value = None
     while True:
         try:
             value = program.send(value).wait()
         except StopIteration:
             return 8 * transport.sent
+
+
+class _Counting(EchoTransport):
+    """Counts every operation as its mean over ranks."""
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Handle:
+        self._count(sum(send) * (self.size - 1) / self.size * x.element_size())
+        return self._all_to_all(x, send, receive)
 
 
 class _Slots:

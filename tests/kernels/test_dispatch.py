@@ -13,7 +13,7 @@ import torch
 
 from compression_plugins import triton_kernels as K
 from compression_plugins.errors import UnsupportedError
-from compression_plugins.triton_kernels import dispatch
+from compression_plugins.triton_kernels import dispatch, ops
 
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
 
@@ -60,12 +60,12 @@ def test_forced_implementation_is_the_one_that_runs(monkeypatch):
     assert ran == ["reference", "reference", "cpu", "cpu", "reference"]
 
 
-@pytest.mark.parametrize("name", dispatch.FAMILY_OF)
+@pytest.mark.parametrize("name", ops.FAMILY_OF)
 def test_every_front_has_three_bodies_with_one_signature(name):
     """Names and order of the parameters are equal; no body has a default, since the front gives every argument."""
 
     def parameters(implementation):
-        function = getattr(dispatch.load(implementation, dispatch.FAMILY_OF[name]), name)
+        function = getattr(dispatch.load(implementation, ops.FAMILY_OF[name]), name)
         return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
 
     assert parameters("cpu") == parameters("reference") == parameters("triton")
@@ -75,7 +75,7 @@ def test_every_front_has_three_bodies_with_one_signature(name):
 
 
 def test_names_are_those_of_the_fronts_for_python_and_for_type_checkers():
-    assert set(K.__all__) == set(dir(K)) == {*dispatch.FAMILY_OF, "Key", "layout", "uniform16"}
+    assert set(K.__all__) == set(dir(K)) == {*ops.FAMILY_OF, "Key", "layout", "uniform16"}
     with pytest.raises(AttributeError, match="no attribute 'sign_encoded'"):
         K.sign_encoded  # noqa: B018
     stars = {
@@ -83,7 +83,7 @@ def test_names_are_those_of_the_fronts_for_python_and_for_type_checkers():
         for node in ast.walk(ast.parse(Path(K.__file__).read_text()))
         if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"
     }
-    assert stars == {f"ops.{family}" for family in dispatch.FAMILY_OF.values()}
+    assert stars == {f"ops.{family}" for family in ops.FAMILY_OF.values()}
 
 
 def test_a_new_kernel_is_a_front_and_three_bodies(tmp_path):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ... import __version__
+from ..._version import __version__
 from ...engine.notice import announce
 from ...engine.reducer import reshard
 from ...errors import CompressionError

@@ -27,7 +27,13 @@ class Store(Protocol):
 
 
 def handshake(
-    store: Store, key: str, rank: int, size: int, facts: dict[str, Any], timeout: float | None = None
+    store: Store,
+    key: str,
+    rank: int,
+    size: int,
+    facts: dict[str, Any],
+    timeout: float | None = None,
+    host: str = "communication_compression",
 ) -> None:
     """Return on every rank when all `size` ranks state equal `facts`; raise on every rank otherwise.
 
@@ -38,6 +44,7 @@ def handshake(
         key: unique to this handshake and equal on all ranks.
         facts: JSON-able; a nested mapping is compared key by key.
         timeout: seconds; default `COMPRESSION_PLUGINS_HANDSHAKE_TIMEOUT` or 60.
+        host: how messages begin.
 
     Raises:
         MismatchError: names the first rank that differs and in what, or the rank that did not answer.
@@ -48,10 +55,13 @@ def handshake(
         verdict = _compare(store, key, size, facts, seconds)
         store.set(f"{key}/verdict", verdict)
     else:
-        _read(store, f"{key}/0", seconds, 0)  # rank 0 itself may lack the plugin
-        verdict = _read(store, f"{key}/verdict", seconds + 10.0, 0)  # it waits `seconds` for the others
+        try:
+            _read(store, f"{key}/0", seconds, 0)  # rank 0 itself may lack the plugin
+            verdict = _read(store, f"{key}/verdict", seconds + 10.0, 0)  # it waits `seconds` for the others
+        except MismatchError as error:
+            raise MismatchError(f"{host}: {error}") from error
     if verdict:
-        raise MismatchError(f"communication_compression: {verdict}")
+        raise MismatchError(f"{host}: {verdict}")
 
 
 def _compare(store: Store, key: str, size: int, facts: dict[str, Any], seconds: float) -> str:
@@ -59,7 +69,7 @@ def _compare(store: Store, key: str, size: int, facts: dict[str, Any], seconds: 
         try:
             theirs = json.loads(_read(store, f"{key}/{other}", seconds, other))
         except MismatchError as error:
-            return str(error).removeprefix("communication_compression: ")
+            return str(error)
         difference = differences(facts, theirs)
         if difference:
             return f"rank {other} differs from rank 0 in {'; '.join(difference)}. Give every rank the same files"
@@ -71,8 +81,8 @@ def _read(store: Store, key: str, seconds: float, rank: int) -> str:
         store.wait([key], timedelta(seconds=seconds))
     except Exception as error:  # torch raises DistStoreError, RuntimeError or a C++ time-out, depending on the store
         raise MismatchError(
-            f"communication_compression: rank {rank} did not answer within {seconds:g} s. Either "
-            "compression-plugins is not installed there, its DeepSpeed config has no such block, or it crashed: "
-            f"look at its log ({TIMEOUT_VARIABLE} sets the time-out)"
+            f"rank {rank} did not answer within {seconds:g} s. Either compression-plugins is not installed there, "
+            "it was not given this configuration, or it crashed: look at its log "
+            f"({TIMEOUT_VARIABLE} sets the time-out)"
         ) from error
     return store.get(key).decode()
