@@ -43,10 +43,12 @@ class Compute:
 
     @property
     def step_s(self) -> float:
+        """Seconds of a step without communication."""
         return self.forward_s + self.backward_s + self.update_s
 
     @property
     def numel(self) -> int:
+        """Values of all gradients."""
         return sum(spec.numel for spec in self.specs)
 
 

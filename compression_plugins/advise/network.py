@@ -246,6 +246,7 @@ class Given:
 
     @property
     def nodes(self) -> int:
+        """Number of nodes."""
         return self.size // self.per_node
 
     def cost(self, kind: str, nbytes: float) -> Cost:

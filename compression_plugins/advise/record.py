@@ -84,10 +84,12 @@ class RecordingTransport(EchoTransport):
         self._since = 0.0
 
     def begin(self) -> None:
+        """Forget what was recorded, and start the clock."""
         self.operations = []
         self._since = self._clock()
 
     def end(self) -> Work:
+        """What was recorded since `begin`."""
         return Work(tuple(self.operations), self._clock() - self._since)
 
     def _note(self, kind: str, x: Tensor, run: Callable[[], Handle]) -> Handle:

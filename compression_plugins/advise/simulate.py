@@ -53,6 +53,7 @@ class Wire:
     _queue: list[Transfer] = field(default_factory=list)
 
     def post(self, kind: str, nbytes: float, at: float, repeat: int = 1) -> Transfer:
+        """Hand in `repeat` collectives of `nbytes` each at time `at`, in seconds."""
         transfer = Transfer(kind, nbytes, at, repeat)
         self._queue.append(transfer)
         self.settle(at)
@@ -67,6 +68,7 @@ class Wire:
             self.free = end
 
     def next_start(self) -> float:
+        """When the next transfer in the queue can begin, in seconds."""
         return max(self.free, self._queue[0].at)
 
     def _single(self, begin: float) -> float:
@@ -151,17 +153,19 @@ class Run:
         self.compute(seconds - self.backward_s)
 
     def finished(self, transfer: Transfer) -> bool:
+        """Whether it is done by now."""
         self.wire.settle(self.now)
         return transfer.done is not None and transfer.done <= self.now
 
     def wait(self, transfer: Transfer) -> None:
+        """Let time pass until it is done."""
         while transfer.done is None:
             self.wire.settle(self.wire.next_start())
         self.now = max(self.now, transfer.done)
 
 
 class Job:
-    """A bucket on its way; as `Reducer`'s."""
+    """A bucket on its way, as `engine.driver.Work` is one."""
 
     def __init__(self, run: Run, work: Work) -> None:
         self._run, self._work = run, work
@@ -174,6 +178,7 @@ class Job:
             self._next()
 
     def advance(self) -> None:
+        """Wait for the operation in flight and start the next."""
         if self._transfer is not None:
             self._run.wait(self._transfer)
             self._next()

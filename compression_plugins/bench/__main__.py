@@ -18,6 +18,7 @@ from ..errors import CompressionError
 
 
 def parser() -> argparse.ArgumentParser:
+    """The parser of `bench kernels` and `bench schemes`."""
     top = argparse.ArgumentParser(
         prog="compression-plugins bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -71,6 +71,13 @@ class Config(Settings):
 
         Raises:
             ConfigError: one sentence: what is wrong, where, and the nearest valid choice.
+
+        Example::
+
+            from compression_plugins import Config
+
+            config = Config.load("scalecom", {"ratio": 50, "exempt": ["*.head.*"]})
+            print(config.scheme.ratio, config.to_dict())
         """
         document, where = _read(source)
         if overrides and overrides.get("scheme", document.get("scheme")) != document.get("scheme"):

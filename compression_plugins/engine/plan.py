@@ -33,6 +33,7 @@ class TensorSpec(NamedTuple):
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         numel = 1
         for side in self.shape:
             numel *= side
@@ -63,6 +64,7 @@ class Bucket:
 
     @cached_property
     def numel(self) -> int:
+        """Number of elements of all segments."""
         return total(self.segments)
 
     @cached_property

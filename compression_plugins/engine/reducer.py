@@ -44,6 +44,19 @@ class Reducer:
     Attributes:
         step: optimizer steps done; survives a resume.
         engine: what runs the reductions.
+
+    Example, of one rank of a `torch.distributed` job::
+
+        import torch
+        from compression_plugins import Config, Reducer
+        from compression_plugins.engine.plan import TensorSpec, make_plan
+        from compression_plugins.transports.torch_distributed import TorchDistributed
+
+        config = Config.load("scalecom")
+        (bucket,) = make_plan(config, [TensorSpec("weight", (256, 256), "float32")]).buckets
+        reducer = Reducer(config, TorchDistributed())
+        average = reducer.reduce(bucket, torch.randn(bucket.numel))
+        reducer.end_step()
     """
 
     def __init__(self, config: Config, transport: Transport, telemetry: Telemetry | None = None) -> None:

@@ -107,6 +107,7 @@ class Session:
 
     @cached_property
     def name(self) -> str:
+        """Made at its first use, so in the order in which sessions are opened."""
         return f"compression_plugins.{self._group}.{next(_uses[self._group])}"
 
     @staticmethod
@@ -180,12 +181,14 @@ class Session:
 
     @property
     def reducer(self) -> Reducer:
+        """What `start` has made; `RuntimeError` before."""
         if self._reducer is None:
             raise RuntimeError("no step has been reduced yet")
         return self._reducer
 
     @property
     def started(self) -> bool:
+        """Whether there is a reducer."""
         return self._reducer is not None
 
     # -- around the optimizer's step

@@ -72,6 +72,7 @@ class Elements:
             self.pieces.setdefault(name, {})[rest] = values[rest - start :].clone()
 
     def all(self) -> list[Tensor]:
+        """Every piece of every parameter."""
         return [piece for pieces in self.pieces.values() for piece in pieces.values()]
 
     def state_dict(self) -> dict[str, dict[int, Tensor]]:

@@ -58,6 +58,7 @@ class State:
 
     @classmethod
     def at(cls, x: Tensor, theta: float) -> State:
+        """The state of a run that begins at `x`, which is copied to fp32 on the CPU."""
         x = x.detach().to("cpu", torch.float32, copy=True)
         return cls(x, x.clone(), torch.zeros_like(x), x.clone(), theta)
 
@@ -66,6 +67,8 @@ class State:
 
 
 class Down(Protocol):
+    """How x travels to a worker."""
+
     def __call__(self, state: State, mu: float, key: K.Key, ticket: int) -> Message:
         """The message that carries x to a worker.
 
@@ -102,6 +105,8 @@ def mu_rule_model(state: State, mu: float, key: K.Key, ticket: int) -> Message:
 
 
 class Up(Protocol):
+    """How a worker's gradient (alpha, the difference of two) travels to the server."""
+
     def __call__(self, alpha: Tensor, bits: int, budget: float, key: K.Key, ticket: int) -> Message:
         """The message that carries alpha, fp32 [numel], to the server.
 
@@ -141,6 +146,8 @@ def sparse_gradient(alpha: Tensor, bits: int, budget: float, key: K.Key, ticket:
 
 
 class Rule(Protocol):
+    """How the server steps."""
+
     def start_epoch(self, state: State) -> None:
         """After the snapshot: where the inner loop starts."""
 

@@ -32,6 +32,8 @@ class AuthenticationError(CompressionError):
 
 
 class Hello(NamedTuple):
+    """What a worker has said of itself: its rank, the digest of its options, and its nonce."""
+
     rank: int
     digest: bytes
     nonce: bytes

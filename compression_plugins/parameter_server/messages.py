@@ -43,6 +43,8 @@ _WIDTHS = (0, *range(quantizer.MIN_BITS, quantizer.MAX_BITS + 1), EXACT)
 
 
 class Kind(IntEnum):
+    """What a message is; see the table above."""
+
     SNAPSHOT = 1
     SHARD = 2
     SUM = 3
@@ -87,6 +89,7 @@ class Message:
         return 8 * self.payload.numel() + (0 if self.bits == EXACT else extra)
 
     def header(self) -> bytes:
+        """The bytes that stand before the payload."""
         return HEADER.pack(VERSION, self.kind, self.bits, self.count, self.step, self.value, self.payload.numel())
 
 
@@ -102,6 +105,7 @@ class Header:
     nbytes: int
 
     def message(self, payload: Tensor) -> Message:
+        """The message of this header and its payload, uint8 [nbytes]."""
         return Message(self.kind, payload, self.step, self.bits, self.count, self.value)
 
 
@@ -262,4 +266,5 @@ def stop(text: str, error: bool) -> Message:
 
 
 def read_text(message: Message) -> str:
+    """The text of a STOP message."""
     return bytes(message.payload[: message.count].tolist()).decode(errors="replace")

@@ -24,6 +24,7 @@ class Traffic:
         return self.snapshot_bits + self.down_bits + self.up_bits
 
     def count(self, message: Message) -> None:
+        """Add a message, in whichever direction it went."""
         self.wire_bytes += message.nbytes
         if message.kind in (Kind.SNAPSHOT, Kind.TOTAL):
             self.snapshot_bits += message.bits_counted

@@ -32,6 +32,7 @@ class LocalWorld:
         self.transports = [LocalTransport(self, rank) for rank in range(size)]
 
     def post(self, key: tuple[str, int], rank: int, kind: str, x: Tensor, argument: object) -> None:
+        """Rank `rank` takes part in operation `key`; the last rank to do so computes the results."""
         posts = self._posts.setdefault(key, {})
         posts[rank] = (kind, x, argument)
         if len(posts) == self.size:
@@ -44,9 +45,11 @@ class LocalWorld:
             del self._posts[key]
 
     def ready(self, key: tuple[str, int]) -> bool:
+        """Whether every rank has taken part."""
         return key in self._results
 
     def take(self, key: tuple[str, int], rank: int) -> Tensor:
+        """The result of rank `rank`, once."""
         if not self.ready(key):
             raise RuntimeError(f"operation {key} waits for a rank that has not posted: drive all ranks' jobs together")
         results = self._results[key]
