@@ -134,7 +134,8 @@ def record(
     """Run `scheme` as rank `rank` of `size`, and keep medians over `steps` steps.
 
     Step 0 is one kind: there schemes of a period do what they seldom do. The others are steps 1 + 2 i * size: rank 1
-    then leads and the others follow, where ranks take turns; and they are odd, for now and then is rarely odd. With `steps` 0 only the operations have a meaning.
+    then leads and the others follow, where ranks take turns; and they are odd, for now and then is rarely odd. With
+    `steps` 0 only the operations have a meaning.
     """
     transport = RecordingTransport(rank, size, clock(device), limit)
     reducer = Reducer(_config(scheme), transport)
