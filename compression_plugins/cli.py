@@ -129,27 +129,31 @@ def _run(name: str, module: Any, arguments: Sequence[str]) -> int:
 
 
 def schemes_text() -> str:
-    """One line a scheme: name and what it does."""
+    """One line per scheme: name and what it does."""
     width = max(map(len, registry.names()))
     return "\n".join(f"{name:{width}}  {_summary(name)}" for name in registry.names())
 
 
 def schemes_markdown() -> str:
-    """The table of docs/schemes.md."""
+    """The table of docs/schemes.md: bits are those that a plan counts, row marks of sign schemes included."""
     lines = [
         "| scheme | what it does | paper | bits sent per value, 2 / 8 ranks | parameters (default) |",
         "|---|---|---|---|---|",
     ]
+    from .engine.plan import Bucket  # which needs torch
+
     for name in registry.names():
         cls = registry.get(name)
         scheme = cls()
-        bucket = [Segment("weight", 0, 1 << 20, (1024, 1024))]
-        bits = " / ".join(f"{scheme.wire_bits(bucket, n) / 2**20:.3g}" for n in (2, 8))
+        bucket = Bucket(scheme, (Segment("weight", 0, 1 << 20, (1024, 1024), 1024),))
+        bits = " / ".join(f"{8 * bucket.wire_bytes(n) / bucket.numel:.3g}" for n in (2, 8))
         parameters = ", ".join(f"`{k}` ({v})" for k, v in scheme.model_dump().items()) or "-"
         lines.append(f"| `{name}` | {_summary(name)} | {cls.paper} | {bits} | {parameters} |")
     return "\n".join(lines)
 
 
 def _summary(name: str) -> str:
-    module = sys.modules[registry.get(name).__module__]
-    return (inspect.getdoc(module) or "").splitlines()[0]
+    cls = registry.get(name)
+    module = sys.modules[cls.__module__]
+    own = module.__name__.rpartition(".")[2] == name  # a file of its own, whose first line says what the scheme does
+    return (inspect.getdoc(module if own else cls) or "").partition("\n")[0]

@@ -155,7 +155,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--schemes", nargs="+", help="schemes to run under Horovod")
     parser.add_argument("--deepspeed", nargs="*", metavar="SCHEME", help="schemes to run under DeepSpeed")
     parser.add_argument("--ranks", type=int, help="number of ranks (default 2)")
-    parser.add_argument("--steps", type=int, help="training steps a run")
+    parser.add_argument("--steps", type=int, help="training steps per run")
     parser.add_argument("--seeds", type=int, help="runs of everything, each with other weights and data order")
     parser.add_argument("--publish", action="store_true", help="also write docs/demo.* and the README's table")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the report (default out/demo)")

@@ -63,7 +63,7 @@ class Table:
     left: int = 1
 
     def text(self) -> str:
-        """For a terminal."""
+        """The table as plain text, for a terminal."""
         lines = aligned([self.headers, *self.rows], words=range(self.left))
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 

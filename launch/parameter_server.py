@@ -56,7 +56,7 @@ def load_task(name: str) -> tuple[Any, Any, Any]:
 
 
 def token() -> bytes:
-    """The shared secret."""
+    """The secret that server and workers share."""
     value = os.environ.get(TOKEN_VARIABLE, "")
     if not value:
         raise ConfigError(

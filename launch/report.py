@@ -72,7 +72,7 @@ class Report:
         return [header.format(target=100 * self.target) for header in HEADERS]
 
     def rows(self) -> list[list[str]]:
-        """One row a scheme, in the order of `HEADERS`; a dash where there is nothing to compare or to reach."""
+        """One row per scheme, in the order of `HEADERS`; a dash where there is nothing to compare or to reach."""
         baselines = {runs[0].host: runs for runs in self.groups() if runs[0].scheme == "none"}
         rows = []
         for runs in self.groups():

@@ -30,7 +30,7 @@ class Result:
         accuracy: of the last evaluation.
         step_s: median time of a step.
         compute_s: median time of the same step without communication, on the same core during the same run.
-        sent_bytes: bytes a rank sent over its interface in a step: mean over all ranks and all steps.
+        sent_bytes: bytes that a rank sent over its interface in a step: mean over all ranks and all steps.
         typical_bytes: the same, median over the steps: without the rare dense ones (warm-up, flush).
         points: evaluations in order of time.
         seed: of the initial weights and the order of the data.

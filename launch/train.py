@@ -21,7 +21,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of the data")
-    parser.add_argument("--batch", type=int, default=32, help="images a rank and step")
+    parser.add_argument("--batch", type=int, default=32, help="images per rank and step")
     parser.add_argument("--width", type=int, default=2048, help="units of the two hidden layers")
     parser.add_argument("--lr", type=float, default=0.2)
     parser.add_argument("--momentum", type=float, default=0.5)

@@ -89,7 +89,7 @@ def uniform16(key: Key, numel: int, device: torch.device | str | None = None) ->
 
 
 def signed32(key: Key, numel: int, device: torch.device | str | None = None) -> torch.Tensor:
-    """32 random bits an element, read as a signed integer: those of elements 2j (low) and 2j + 1 of `uniform16` under
+    """32 random bits per element, read as a signed integer: those of elements 2j (low) and 2j + 1 of `uniform16` under
     twice the offset -> int32 [numel].
     """
     halves = uniform16(key._replace(offset=2 * key.offset), 2 * numel, device).long().view(numel, 2)

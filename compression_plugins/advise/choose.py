@@ -44,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Choice:
-    """`row` is what to use; `best` the compressor that came nearest, or is it."""
+    """A recommendation: `row` is what to use, `best` the fastest compressor, whether or not it is that."""
 
     row: Row
     best: Row | None

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from .simulate import Host, Machine
     from .work import Codecs
 
-#: Of an accelerator, assumed where nothing is said about the device that computes: sustained, and read plus written.
+#: TFLOP/s, sustained, and bytes per second, read plus written, of an accelerator of which nothing is said.
 _TFLOPS, _MEMORY_BANDWIDTH = 100.0, 2e12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `advise`."""
+    """Declare the options of `advise` on `parser`."""
     network = parser.add_argument_group(
         "network", "measured inside a job (horovodrun, deepspeed, torchrun); else given"
     )

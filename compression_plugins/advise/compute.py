@@ -57,13 +57,13 @@ def from_shapes(
 
     Args:
         compute_ms: a whole step without communication; or
-        tflops, batch: sustained rate of the device, and samples a rank and step.
+        tflops, batch: sustained rate of the device, and samples per rank and step.
 
     Raises:
         ConfigError: neither is given, or a file of shapes has no FLOPs.
     """
     if compute_ms is not None:
-        seconds, note = compute_ms / 1e3, f"{compute_ms:g} ms a step without communication, as given"
+        seconds, note = compute_ms / 1e3, f"{compute_ms:g} ms per step without communication, as given"
     elif tflops is None or batch is None:
         raise ConfigError(
             "advise --shapes: how long does a step compute? give --compute-ms, or --tflops and --batch to estimate it"
@@ -73,7 +73,7 @@ def from_shapes(
     else:
         seconds = shapes.total_flops * batch / (tflops * 1e12)
         note = (
-            f"{1e3 * seconds:.4g} ms a step, assumed: {batch} samples ({shapes.sample}) x "
+            f"{1e3 * seconds:.4g} ms per step, assumed: {batch} samples ({shapes.sample}) x "
             f"{shapes.total_flops / 1e9:.4g} GFLOP at {tflops:g} TFLOP/s"
         )
     weights = [float(spec.numel) for spec in shapes.specs] if shapes.flops is None else list(shapes.flops)
@@ -119,7 +119,7 @@ def from_model(model: nn.Module, example: Any, device: str) -> Compute:
 
 
 def _timed(seconds: float, where: str) -> str:
-    return f"{1e3 * seconds:.4g} ms a step without communication, measured on {where}"
+    return f"{1e3 * seconds:.4g} ms per step without communication, measured on {where}"
 
 
 def slowest(compute: Compute, transport: Transport) -> Compute:

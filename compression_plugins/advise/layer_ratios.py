@@ -1,10 +1,10 @@
 """A rate of compression for every layer, from what a worker computes for each value of its gradient.
 
 A layer that computes long for each value that it sends can be compressed gently. Chen et al. (2020, arXiv 2104.11125)
-give a rule for vision at 32 samples a worker, which we know second-hand: 25x, 50x or 400x as the FLOPs per gradient
-element are above 196, above 128, or fewer. How they count is not established. The reading here: multiply-adds a weight
-and sample (196 is a map of 14 x 14, at 50x), first convolution dense, last layer compressed like the others. ResNet-18,
-ResNet-50 and MobileNetV2 then send 116, 97 and 166 times fewer weights; the paper prints 112, 96 and 155.
+give a rule for vision at 32 samples per worker, which we know second-hand: 25x, 50x or 400x as the FLOPs per gradient
+element are above 196, above 128, or fewer. How they count is not established. The reading here: multiply-adds per
+weight and sample (196 is a map of 14 x 14, at 50x), first convolution dense, last layer compressed like the others.
+ResNet-18, ResNet-50 and MobileNetV2 then send 116, 97 and 166 times fewer weights; the paper prints 112, 96 and 155.
 
 A plan knows shapes only and training scripts stay as they are, so the rates are found once, beside the job:
 
@@ -30,7 +30,7 @@ from torch.utils.flop_counter import flop_registry
 from ..config.config import Settings
 from ..errors import ConfigError
 
-#: Multiply-adds a weight and sample above which a ratio holds, at `SAMPLES` samples a worker.
+#: Multiply-adds per weight and sample above which a ratio holds, at `SAMPLES` samples per worker.
 RATIOS = ((196.0, 25), (128.0, 50), (0.0, 400))
 SAMPLES = 32
 
@@ -58,7 +58,7 @@ class LayerRatio(NamedTuple):
 
 
 def ratio_of(work: float) -> int:
-    """The ratio for so many multiply-adds a weight and sample, at 32 samples a worker."""
+    """The ratio for so many multiply-adds per weight and sample, at 32 samples per worker."""
     return next((ratio for above, ratio in RATIOS if work > above), RATIOS[-1][1])
 
 

@@ -66,7 +66,7 @@ def connect(launcher: str, device: str) -> Transport:
 
 
 def disconnect(launcher: str) -> None:
-    """Ends what `connect` began."""
+    """Leave the host framework that `connect` has joined."""
     if launcher == "horovod":
         import horovod.torch as hvd
 

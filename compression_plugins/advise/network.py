@@ -30,7 +30,7 @@ _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 def parse_rate(text: str) -> float:
-    """Bits a second: 25Gb, 100mbit, 1gbit (as `tc` writes it), 10Gbps. Raises `ConfigError` for anything else.
+    """Bits per second: 25Gb, 100mbit, 1gbit (as `tc` writes it), 10Gbps. Raises `ConfigError` for anything else.
 
     Bytes (`25GB`, and tc's `mbps`, which means bytes) are refused: an eightfold mistake is not worth a guess.
     """
@@ -52,7 +52,7 @@ def parse_time(text: str) -> float:
 
 
 def parse_bytes_rate(text: str) -> float:
-    """Bytes a second: 2TB, 900GB/s. Raises `ConfigError` for anything else."""
+    """Bytes per second: 2TB, 900GB/s. Raises `ConfigError` for anything else."""
     match = _BYTES.match(text.strip())
     if not match or float(match[1]) <= 0:
         raise ConfigError(f"{text!r} is no memory bandwidth; write bytes a second: 900GB or 2TB")
@@ -60,7 +60,7 @@ def parse_bytes_rate(text: str) -> float:
 
 
 class Cost(NamedTuple):
-    """Of one collective: `latency_s` passes beside others, then the wire is its own for `busy_s`."""
+    """What one collective takes: `latency_s` passes beside others, then the wire is its own for `busy_s`."""
 
     latency_s: float
     busy_s: float
@@ -83,11 +83,11 @@ class Network(Protocol):
     def post_s(self) -> float: ...
 
     def cost(self, kind: str, nbytes: float) -> Cost:
-        """Of a collective on `nbytes` of payload."""
+        """What a collective of that kind (a method of `Transport`) takes on `nbytes` of payload, in seconds."""
         ...
 
     def describe(self) -> list[str]:
-        """Lines for a person."""
+        """What is known of the network, as lines for a person."""
         ...
 
 
@@ -222,10 +222,10 @@ class Given:
 
     Args:
         size: ranks.
-        bandwidth: bits a second, each way, of the link of one node (of one rank, where a node is one rank).
+        bandwidth: bits per second, each way, of the link of one node (of one rank, where a node is one rank).
         latency_s: of one message.
         per_node: ranks that share a node's link.
-        node_bandwidth: bits a second between ranks of a node.
+        node_bandwidth: bits per second between ranks of a node.
         topology: how collectives are built; see the module.
     """
 
@@ -282,7 +282,7 @@ class Given:
         return own * max(outside, inside if g > 1 else 0.0)  # a ring crosses each link once
 
     def describe(self) -> list[str]:
-        text = f"network: {self.size} ranks, {rate_text(self.bandwidth)} and {1e6 * self.latency_s:g} us a message"
+        text = f"network: {self.size} ranks, {rate_text(self.bandwidth)} and {1e6 * self.latency_s:g} us per message"
         if self.per_node > 1:
             inside = "unlimited" if math.isinf(self.node_bandwidth) else rate_text(self.node_bandwidth)
             text += f" between {self.nodes} nodes of {self.per_node} ranks ({inside} inside)"

@@ -65,7 +65,7 @@ def step(
 
     Args:
         works_of: what a rank does for a bucket.
-        model_side: seconds a step for weights of so many elements, of a scheme that also quantizes these.
+        model_side: seconds per step for weights of so many elements, of a scheme that also quantizes these.
     """
     machine = machine or Machine()
     if config is None or (config.scheme.host_dense and not config.rules):

@@ -55,7 +55,7 @@ class Work:
 
 
 def sent_bytes(kind: str, nbytes: float, size: int) -> float:
-    """Bytes a rank sends in a collective on `nbytes` of payload, the mean over ranks, as `Transport.sent` counts."""
+    """Bytes that one rank sends in a collective on `nbytes` of payload, the mean over ranks; as `Transport.sent`."""
     return {
         "all_reduce": 2 * (size - 1) / size * nbytes,
         "all_gather": (size - 1) * nbytes,

@@ -45,7 +45,7 @@ def text(
     at: Callable[[Row, Given | Measured], Step],
     margin: float,
 ) -> str:
-    """Everything but the last line."""
+    """The whole report but its last line, the recommendation."""
     compute = facts.compute
     lines = [
         *facts.network.describe(),

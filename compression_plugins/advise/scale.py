@@ -24,7 +24,7 @@ class Point:
     """One scheme on `ranks` ranks.
 
     Attributes:
-        sent_bytes: by a rank, a step.
+        sent_bytes: by one rank, per step.
         step_s, codec_s, exposed_s: see `predict.Step`.
     """
 

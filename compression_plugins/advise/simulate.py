@@ -18,7 +18,7 @@ class Machine:
     """What a step needs to know of a rank's machine.
 
     Attributes:
-        copy_rate: bytes a second, read plus written, of a plain copy.
+        copy_rate: bytes per second, read plus written, of a plain copy.
         steal: part of the CPU time of communication that is taken from scheme code: 1 where a rank has one core, 0
             where cores are idle or an accelerator runs it.
         computes: the computation is on the same cores, and loses as much.
@@ -120,7 +120,7 @@ class Run:
         self.now = self.backward_s = self.codec_s = 0.0
 
     def compute(self, seconds: float) -> None:
-        """The model's own work."""
+        """The model computes for so long."""
         self._work(seconds, self.machine.steal if self.machine.computes else 0.0)
 
     def _work(self, seconds: float, steal: float) -> None:
@@ -137,7 +137,7 @@ class Run:
             seconds -= span * rate
 
     def code(self, seconds: float) -> None:
-        """Scheme code, or a copy."""
+        """A scheme's code, or a copy, runs for so long."""
         self.codec_s += seconds
         self._work(seconds, self.machine.steal)
 

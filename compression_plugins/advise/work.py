@@ -1,10 +1,10 @@
 """What a scheme costs one rank, for any bucket and any number of ranks, from a few short runs of the scheme itself.
 
 Up to `DIRECT` ranks a scheme is timed at that number, on two sizes of bucket; seconds are affine in elements. For more
-ranks the kinds and numbers of operations still come from a run at the true number, on a bucket of a block a rank;
-seconds are those of few ranks, plus what grows: calls a rank (shards), and the decoding of an all-gather whose payload
-does not shrink with the number of ranks. Bytes are the
-recorded ones, times `wire_bytes` of the bucket over those of the sample.
+ranks the kinds and numbers of operations still come from a run at the true number, on a bucket of a block per rank;
+seconds are those of few ranks, plus what grows: calls per rank (shards), and the decoding of an all-gather whose
+payload does not shrink with the number of ranks. Bytes are the recorded ones, times `wire_bytes` of the bucket over
+those of the sample.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Profile:
         scheme: with its parameters.
         device: where it is timed.
         largest: elements of the largest bucket that will be asked for; the sample is no larger.
-        scale: seconds an element there, over seconds an element here; for another device by its memory bandwidth.
+        scale: seconds per element there, over seconds per element here; for another device by its memory bandwidth.
         steps: timed steps; the median counts.
     """
 
@@ -102,7 +102,7 @@ class Profile:
         return self._cache[key]
 
     def _true(self, size: int) -> tuple[list[Segment], Trace]:
-        """Operations at the true number of ranks, on a bucket of a few blocks a rank."""
+        """Operations at the true number of ranks, on a bucket of a few blocks per rank."""
         even = size * _block(self.scheme)
         numel = -(-_SMALL // even) * even
         trace = self._trace(numel, size, limit=_GATHERED)
@@ -213,14 +213,14 @@ class Codecs:
         return lambda bucket: self.works(bucket, size)
 
     def works(self, bucket: Bucket, size: int) -> list[Work]:
-        """See `Profile.works`."""
+        """The kinds of steps of `bucket` on `size` ranks, from a profile of its scheme that is measured once."""
         profile = self._profiles.get(bucket.scheme)
         if profile is None:
             profile = self._profiles[bucket.scheme] = Profile(bucket.scheme, self.device, self.largest, self.scale)
         return profile.works(bucket, size)
 
     def model_side(self, scheme: Scheme, numel: int) -> float:
-        """Seconds a step to quantize weights of `numel` elements and to restore them; 0 for most schemes."""
+        """Seconds per step to quantize weights of `numel` elements and to restore them; 0 for most schemes."""
         if scheme.weight_law is None:
             return 0.0
         if scheme not in self._sides:
@@ -229,7 +229,7 @@ class Codecs:
 
 
 def _hook_s(scheme: Scheme, device: str, numel: int) -> float:
-    """Seconds an element that a scheme's step hook takes."""
+    """Seconds per element that a scheme's step hook takes."""
     parameter = torch.randn(numel, device=device)
     hook = scheme.step_hook({"sample": parameter}, 0)
     assert hook is not None

@@ -50,7 +50,7 @@ def measure(
 
 
 def table(rows: list[SchemeRow]) -> str:
-    """Aligned plain text."""
+    """The rows as aligned plain text, with a line of titles."""
     header = ["scheme", "bits/value", "ratio", "ms", "x bf16", "vNMSE", "bias", "state B/value"]
     lines = [header]
     for row in rows:

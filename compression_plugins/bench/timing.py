@@ -24,7 +24,7 @@ def median_seconds(call: Callable[[], object], device: torch.device, repeats: in
 
 
 def copy_rate(numel: int, device: torch.device, repeats: int) -> float:
-    """Bytes a second, read plus written, of a plain copy of ``numel`` fp32 elements."""
+    """Bytes per second, read plus written, of a plain copy of ``numel`` fp32 elements."""
     source, target = torch.ones(numel, device=device), torch.empty(numel, device=device)
     return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device, repeats)
 

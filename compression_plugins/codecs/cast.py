@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cast(Codec):
-    """bf16 and fp16: the bare values, 2 bytes each. fp8: e4m3 codes under one fp32 scale (absmax / 448) a block.
+    """bf16 and fp16: the bare values, 2 bytes each. fp8: e4m3 codes under one fp32 scale (absmax / 448) per block.
 
     Layout: scales (fp8 only), then the codes padded to whole 4-byte words.
     """

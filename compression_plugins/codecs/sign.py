@@ -1,4 +1,4 @@
-"""One bit an element and one fp32 scale a block."""
+"""One bit per element and one fp32 scale per block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""b-bit codes on a uniform grid, one fp32 scale a block."""
+"""b-bit codes on a uniform grid, one fp32 scale per block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The uncompressed average."""
+"""The average of the values themselves, without a codec."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def reduce_round(
     """One way round `ring`, ranks of which this is one: afterwards its i-th member holds part i + 1 of all members.
 
     Args:
-        parts: one a member.
+        parts: one per member.
         merge: `merge(received, own, hops)` joins what `hops` members have made of a part with this rank's own.
     """
     place, right, left = _neighbours(transport, ring)

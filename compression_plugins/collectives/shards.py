@@ -1,4 +1,4 @@
-"""Vectors cut into shards, one an owner, and the payloads of all shards from one kernel."""
+"""Vectors cut into shards, one per owner, and the payloads of all shards from one kernel."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def shared_index(
 ) -> Generator[Handle, Any, tuple[Tensor, Tensor]]:
     """Broadcast the leader's choice, and look it up on every rank.
 
-    The k values that come back fill the same places everywhere. A dense mean of them (`dense_sum`, `half_mean`) is the
+    The k values that come back fill the same places everywhere. A dense mean of them (`dense_mean`, `half_mean`) is the
     sparse mean, at a traffic that does not grow with the number of ranks.
 
     Args:

@@ -90,10 +90,12 @@ class Call:
     absent: frozenset[str] = frozenset()
 
     def residual(self) -> Vector:
-        """This rank's memory of the bucket, before and after."""
+        """This rank's residual, fp32, one value for each element of the bucket: `old` before this reduction and `new`
+        after it. Write every element of `new`; `old` is only read, unless both are one tensor.
+        """
         return self.state.exchange("residual")
 
 
 def total(segments: Sequence[Segment]) -> int:
-    """Elements in a bucket."""
+    """Number of elements of all `segments`, which are those of a bucket."""
     return sum(segment.numel for segment in segments)

@@ -12,7 +12,7 @@ class Clock(NamedTuple):
         step: optimizer steps done before this one.
         micro_batch: reductions of the same bucket done before this one within the step.
         round: steps of compression done before this one; those of the dense warm-up do not count. What happens now and
-            then (a flush, a change of leader) is counted in rounds.
+            then, such as a flush, is counted in rounds.
     """
 
     step: int = 0

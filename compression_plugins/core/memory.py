@@ -35,7 +35,7 @@ class Vector(NamedTuple):
         return {"residual": self.old, "updated": self.new}
 
     def part(self, start: int, stop: int) -> Vector:
-        """Elements [start, stop)."""
+        """Views of elements [start, stop) of both."""
         return Vector(self.old[start:stop], self.new[start:stop])
 
 
@@ -52,7 +52,7 @@ class Memory:
         return {**residual.arguments(), "alpha": self.alpha, "decay": self.decay, "sent": self.sent}
 
     def compensate(self, gradient: Tensor, residual: Vector) -> Tensor:
-        """p = g + alpha * r, for methods that no fused kernel covers."""
+        """p = g + alpha * r, a new fp32 tensor, for methods that no fused kernel covers."""
         return gradient.add(residual.old, alpha=self.alpha)
 
     def update(self, gradient: Tensor, residual: Vector, decoded: Tensor) -> None:

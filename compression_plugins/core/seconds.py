@@ -12,6 +12,7 @@ class Spent:
 
     @contextmanager
     def spent(self, on: str) -> Iterator[None]:
+        """Inside, time counts for the attribute called `on`."""
         begin = time.perf_counter()
         try:
             yield
@@ -20,12 +21,12 @@ class Spent:
 
 
 class Seconds(Spent):
-    """Of a reducer, over all steps so far. On CUDA, where kernels and collectives run behind the host's back, they are
-    the host's share only.
+    """What a reducer spent, over all steps so far. On CUDA, where kernels and collectives run behind the host's back,
+    it is the host's share only.
 
     Attributes:
-        encode: of scheme code before a bucket's first operation.
-        decode: of scheme code after it, which between two operations may encode again.
+        encode: in scheme code before a bucket's first operation.
+        decode: in scheme code after it, which between two operations may encode again.
         wire: while at least one operation was in flight, from its launch until the host noticed its end.
         exposed: while the host did nothing but wait for an operation, which nothing hid.
         in_flight: operations at this moment.
@@ -37,11 +38,13 @@ class Seconds(Spent):
         self._since = 0.0
 
     def launched(self) -> None:
+        """An operation has left."""
         if not self.in_flight:
             self._since = time.perf_counter()
         self.in_flight += 1
 
     def landed(self) -> None:
+        """The end of an operation was noticed."""
         self.in_flight -= 1
         if not self.in_flight:
             self.wire += time.perf_counter() - self._since

@@ -18,7 +18,7 @@ _MICRO_BATCHES, _HOPS = 1 << 16, 1 << 12
 
 
 class Purpose(IntEnum):
-    """What a draw is for."""
+    """What a draw is for; each has streams of its own."""
 
     ENCODE = 0  #: a rank's own message
     OWNER = 1  #: the average that the owner of a shard encodes again

@@ -21,7 +21,12 @@ _LAG = 2
 
 
 class Work(Generic[T]):
-    """A program on its way. `phase` counts the operations that it has started."""
+    """A program on its way.
+
+    Attributes:
+        done: it has returned, or was aborted.
+        phase: operations that it has started.
+    """
 
     def __init__(self, engine: Engine, program: Program[T]) -> None:
         self._engine, self._program = engine, program

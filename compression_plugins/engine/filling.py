@@ -31,7 +31,9 @@ class _Filling:
         return len(self.gradients) == len(self.bucket.segments)
 
     def flat(self, dtype: torch.dtype) -> Tensor:
-        """The gradients, packed."""
+        """The gradients as one vector in the order of the bucket, [bucket.numel] of `dtype`; the gradient's own storage
+        where there is only one and it has that dtype.
+        """
         if len(self.gradients) == 1:
             (gradient,) = self.gradients.values()
             return gradient.reshape(-1).to(dtype)

@@ -86,6 +86,10 @@ class Reducer:
                 itself. On a CPU a gradient that is zero everywhere counts as absent too; on a GPU looking would mean
                 waiting.
             scheme: in the place of the bucket's own, for a reduction that must be exact.
+
+        Raises:
+            CompressionError: `flat` or `shards` does not fit the bucket.
+            UnsupportedError: a local direction meets a second reduction of the bucket within one step.
         """
         if flat.shape != (bucket.numel,):
             raise CompressionError(
@@ -99,7 +103,7 @@ class Reducer:
         return self.engine.run(self._program(bucket, flat, shards, absent, scheme or self.scheme_of(bucket)))
 
     def reduce(self, bucket: Bucket, flat: Tensor, shards: Sequence[int] | None = None) -> Tensor:
-        """`start` and wait."""
+        """`start`, then wait for the average, [bucket.numel]. Arguments and errors as there."""
         return self.start(bucket, flat, shards).result()
 
     def progress(self) -> None:
@@ -107,7 +111,7 @@ class Reducer:
         self.engine.progress()
 
     def drain(self) -> None:
-        """Finish all that was started."""
+        """Wait until every reduction that was started is done."""
         self.engine.drain()
 
     def abort(self) -> None:
@@ -121,7 +125,9 @@ class Reducer:
         self.state.rollback()
 
     def end_step(self, skipped: bool = False) -> None:
-        """Call once after each optimizer step. A skipped one leaves no trace in memory and does not count."""
+        """Call once after each optimizer step: what it changed in the state is kept, and `step` grows by one. A skipped
+        step leaves no trace and does not count.
+        """
         self._uses.clear()
         self.engine.settle()
         if skipped:

@@ -138,7 +138,7 @@ class Session:
             preload(self.config, self.plan, rank, size, sharded)
 
     def start(self, transport: Transport) -> None:
-        """Make the reducer."""
+        """Make the reducer over the ranks of `transport`, its memory empty; again when the set of ranks has changed."""
         if self._telemetry is None:
             self._telemetry = Telemetry.from_environment(transport.rank)
         self._earlier = (self._tally.sent, self._tally.exposed_s)

@@ -147,7 +147,7 @@ class Undoable:
         self.rollback()
 
     def rollback(self) -> None:
-        """Forget the step."""
+        """Forget what the running step has made."""
         self._touched.clear()
         self._buckets.clear()
 
@@ -198,13 +198,13 @@ class State:
         return self.tensors[key]
 
     def commit(self) -> None:
-        """Keep what the step did."""
+        """The step has happened: what it made is what the next one finds."""
         for vector in self._vectors.values():
             vector.commit()
         self._before.clear()
 
     def rollback(self) -> None:
-        """Bring back what was there before the step."""
+        """The step has not happened: the next one finds what this one found."""
         for vector in self._vectors.values():
             vector.rollback()
         for key, tensor in self._before.items():
@@ -221,12 +221,14 @@ class State:
         return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Bytes of all tensors held: two fp32 vectors for each memory (kept, running step), and named tensors."""
         vectors = [piece for v in self._vectors.values() for e in (v.kept, v.running) for piece in e.all()]
         return sum(tensor.numel() * tensor.element_size() for tensor in (*vectors, *self.tensors.values()))
 
     def state_dict(self) -> dict[str, Any]:
-        """As of the last commit."""
+        """Copies as of the last commit: `vectors` as slot -> parameter -> first element -> fp32 [n], and `tensors` as
+        slot -> parameter -> tensor.
+        """
         tensors: dict[str, dict[str, Tensor]] = {}
         for (slot, name), tensor in self.tensors.items():
             kept = self._before.get((slot, name), tensor)

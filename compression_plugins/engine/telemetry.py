@@ -16,7 +16,7 @@ from ..core.seconds import Seconds
 from ..errors import UnsupportedError
 
 ENVIRONMENT_VARIABLE = "COMPRESSION_PLUGINS_TELEMETRY"
-#: Of `Seconds`, recorded as NAME_s.
+#: Attributes of `Seconds` that are recorded, each as NAME_s.
 PHASES = ("encode", "decode", "wire", "exposed")
 #: Steps from one norm of the residuals to the next: it reads all of the memory, which no step should pay for.
 NORM_EVERY = 10

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Direction(Protocol):
-    """A stage before any scheme."""
+    """What a rank makes of its own gradient before any scheme sees it."""
 
     def apply(self, x: Tensor, healthy: Tensor, call: Call) -> None:
         """Replace flat fp32 `x`, this rank's gradient of a bucket, by its direction.

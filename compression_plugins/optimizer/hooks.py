@@ -16,11 +16,11 @@ class StepHook(Protocol):
     """
 
     def before_forward(self) -> None:
-        """Parameters become what gradients are computed at."""
+        """Parameters become what gradients are computed at. Called again before `after_backward`, it does nothing."""
         ...
 
     def after_backward(self) -> None:
-        """Parameters become exact again."""
+        """Parameters become exact again. Harmless when they are."""
         ...
 
     def after_step(self, step: int) -> None:
@@ -28,11 +28,11 @@ class StepHook(Protocol):
         ...
 
     def exact(self) -> AbstractContextManager[None]:
-        """Inside, parameters are exact."""
+        """A context in which parameters are exact, as for a checkpoint; afterwards they are what they were."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain dicts, numbers and tensors."""
+        """What the hook remembers, as plain dicts, numbers and tensors."""
         ...
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:

@@ -99,7 +99,7 @@ class QuantizedWeights:
                 self.before_forward()
 
     def _measure(self) -> list[tuple[float, float]]:
-        """Of each parameter max|x~| + max|x - x~|, which bounds max|x|, and ||x - x~||, Euclidean."""
+        """For each parameter max|x~| + max|x - x~|, which bounds max|x|, and ||x - x~||, Euclidean."""
         moved = [
             K.stats(p.detach().reshape(-1), residual=self._snapshots[name].view(-1), alpha=-1.0)
             for name, p in self._parameters.items()

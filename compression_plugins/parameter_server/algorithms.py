@@ -42,7 +42,7 @@ class Prox:
         return x.div_(1 + step * self.l2) if self.l2 else x
 
     def value(self, x: Tensor) -> float:
-        """h(x)."""
+        """h(x), a number."""
         return self.l1 * float(x.abs().sum()) + self.l2 / 2 * float(x.square().sum())
 
 
@@ -67,12 +67,18 @@ class State:
 
 class Down(Protocol):
     def __call__(self, state: State, mu: float, key: K.Key, ticket: int) -> Message:
-        """`mu`: error allowed, relative to the distance to the snapshot."""
+        """The message that carries x to a worker.
+
+        Args:
+            mu: error allowed, relative to the distance to the snapshot.
+            key: of the random draws.
+            ticket: number of the update that the worker is to answer with.
+        """
         ...
 
 
 def full_model(state: State, mu: float, key: K.Key, ticket: int) -> Message:
-    """fp32."""
+    """x in fp32, 32 bits per value. Raises `CompressionError` if x is not finite."""
     quantizer.largest(state.x, "the model")
     return messages.exact(Kind.MODEL, state.x, ticket)
 
@@ -97,12 +103,19 @@ def mu_rule_model(state: State, mu: float, key: K.Key, ticket: int) -> Message:
 
 class Up(Protocol):
     def __call__(self, alpha: Tensor, bits: int, budget: float, key: K.Key, ticket: int) -> Message:
-        """`bits` of a value; `budget`: share of the largest legal number of survivors."""
+        """The message that carries alpha, fp32 [numel], to the server.
+
+        Args:
+            bits: of a value, sign included.
+            budget: share of the largest legal number of survivors (sparse gradients).
+            key: of the random draws.
+            ticket: as it came with the model.
+        """
         ...
 
 
 def full_gradient(alpha: Tensor, bits: int, budget: float, key: K.Key, ticket: int) -> Message:
-    """fp32."""
+    """alpha in fp32, 32 bits per value. Raises `CompressionError` if it is not finite."""
     quantizer.largest(alpha, "a gradient")
     return messages.exact(Kind.GRADIENT, alpha, ticket)
 

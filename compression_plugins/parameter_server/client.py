@@ -97,7 +97,7 @@ class _Connection:
         return header.message(self._read(header.nbytes))
 
     def _read(self, nbytes: int) -> torch.Tensor:
-        """Exactly so many bytes, uint8."""
+        """Read exactly so many bytes from the socket: uint8 [nbytes]."""
         piece = torch.empty(nbytes, dtype=torch.uint8)
         view, have = piece.numpy().data, 0
         while have < nbytes:

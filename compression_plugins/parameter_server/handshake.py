@@ -73,7 +73,7 @@ def answer(token: bytes, sent: bytes, received: bytes) -> tuple[Hello, bytes]:
 
 
 def same(proof: bytes, expected: bytes) -> bool:
-    """In constant time."""
+    """Whether two proofs are equal, compared in a time that does not depend on where they differ."""
     return hmac.compare_digest(proof, expected)
 
 

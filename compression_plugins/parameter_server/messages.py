@@ -75,7 +75,7 @@ class Message:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the wire."""
+        """Bytes on the wire, header included."""
         return HEADER.size + self.payload.numel()
 
     @property
@@ -156,7 +156,7 @@ def payload_bytes(kind: Kind, bits: int, count: int, numel: int) -> int:
 
 
 def exact(kind: Kind, x: Tensor, step: int, count: int = 0, value: float = 0.0) -> Message:
-    """fp32 [numel] as it is."""
+    """A message of x itself, any shape, as fp32: 4 bytes per value."""
     bits = EXACT if kind in (Kind.MODEL, Kind.GRADIENT) else 0
     payload = x.detach().to("cpu", torch.float32, copy=True).view(torch.uint8)
     return Message(kind, payload, step, bits, count, value)
@@ -241,7 +241,7 @@ def _index_widths(numel: int) -> tuple[int, int]:
 
 
 def numbers(kind: Kind, values: list[int], step: int) -> Message:
-    """SHARD or SUM."""
+    """A message of integers, int32 on the wire: part numbers (SHARD, SUM)."""
     return Message(kind, torch.tensor(values, dtype=torch.int32).view(torch.uint8), step, 0, len(values))
 
 

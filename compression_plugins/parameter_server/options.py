@@ -84,7 +84,9 @@ class Options(BaseModel):
         return options
 
     def steps_an_epoch(self, samples: int) -> int:
-        """m."""
+        """Inner steps between two snapshots (m in the paper): `inner_steps`, or else as many as make one pass over
+        `samples`, at least 1.
+        """
         return self.inner_steps or max(1, -(-samples // self.batch_size))
 
     def digest(self, numel: int, samples: int) -> bytes:

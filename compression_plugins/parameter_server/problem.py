@@ -86,7 +86,7 @@ class Problem:
 
     @torch.no_grad()
     def loss(self, x: Tensor, chunk: int = 1024) -> float:
-        """f(x) over all samples."""
+        """f(x), the mean loss over all samples, computed `chunk` samples at a time; x: fp32 [numel]."""
         self._assign(x)
         pieces = np.array_split(np.arange(self.samples), -(-self.samples // chunk))
         return sum(float(self._value(self._batch(piece))) * len(piece) for piece in pieces) / self.samples
@@ -174,7 +174,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """fp32 CPU [sum of numel]."""
+    """The tensors behind each other, as fp32 on the CPU: [sum of numel], a copy."""
     return torch.cat([t.detach().to("cpu", torch.float32).reshape(-1) for t in tensors])
 
 

@@ -32,7 +32,7 @@ _GOODBYE_S = 5.0
 
 
 class Processes:
-    """One process a worker. A worker that dies is started again, at most `restarts` times.
+    """One process per worker. A worker that dies is started again, at most `restarts` times.
 
     Args:
         count: workers, of ranks 0 .. count - 1.

@@ -1,4 +1,4 @@
-"""Unbiased quantizers of one whole vector at any width from 2 to 16 bits; `weights.least_bits` picks the width.
+"""Unbiased quantizers of one whole vector at any width from 2 to 16 bits; `least_bits` picks the width.
 
 Q(x)_j = delta * clip(floor(x_j / delta + u_j), -L, L)   with L = 2^(b-1) - 1, delta = max|x| / L, u_j uniform on [0, 1)
 
@@ -22,7 +22,7 @@ _WIDE = K.layout.uniform_levels(16)
 
 
 def payload_bytes(numel: int, bits: int) -> int:
-    """Size of `encode`'s result."""
+    """Length in bytes of what `encode` returns for `numel` values of `bits`."""
     return 4 * (1 + K.layout.words(numel, bits))
 
 

@@ -1,4 +1,4 @@
-"""What a run reports: traffic, where time went, and one row an epoch."""
+"""What a run reports: traffic, where time went, and one row per epoch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Traffic:
 
     @property
     def bits(self) -> int:
-        """Snapshots included."""
+        """All bits, both ways, snapshots included."""
         return self.snapshot_bits + self.down_bits + self.up_bits
 
     def count(self, message: Message) -> None:

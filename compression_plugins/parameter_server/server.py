@@ -97,7 +97,7 @@ class Server:
 
     @property
     def active(self) -> list[int]:
-        """Ranks that take part, sorted."""
+        """The ranks that take part at the moment, sorted."""
         return sorted(self.parts)
 
     def join(self, rank: int) -> None:
@@ -275,7 +275,7 @@ class Server:
         row.delay = tally.delay
 
     def finish(self, text: str, error: bool = False) -> None:
-        """Send everybody home."""
+        """Tell every worker that the run is over."""
         if self.phase == "inner":
             self._finish_row()
         self.phase = "done"

@@ -93,7 +93,7 @@ class AsyncTrainer:
             )  # fmt: skip
 
     def fit(self) -> list[Epoch]:
-        """Train; returns one row an epoch, all of them after a resume."""
+        """Train; returns one row per epoch, all of them after a resume."""
         server = self._new_server()
         if self.delays is not None:
             workers = [Worker(rank, self.options, self.problem) for rank in range(self.options.workers)]

@@ -70,7 +70,7 @@ class Scheme(BaseModel):
     @property
     def says_zero(self) -> bool:
         """False where a code has no word for 0, as a sign has none. What is zero on every rank is then told beside the
-        message, row by row, and stays zero.
+        message, one bit per row, and stays zero; `engine.marks` does it for the scheme.
         """
         return True
 
@@ -157,7 +157,10 @@ class Scheme(BaseModel):
 
 @register
 class NoCompression(Scheme):
-    """Dense all-reduce of the values themselves, in their own dtype."""
+    """No compression: the control, and the way of exempt tensors.
+
+    A dense all-reduce of the values themselves, in their own dtype.
+    """
 
     name: ClassVar[str] = "none"
     paper: ClassVar[str] = "-"

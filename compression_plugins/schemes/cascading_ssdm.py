@@ -29,7 +29,8 @@ class CascadingSSDM(Scheme):
     grow like (d/n)^(n/2), and the norm may leave the range of fp32, where it stops (3.4028e38). Not for training beyond
     a few ranks.
 
-    Wire: 2 (n - 1) hops of one bit an element of a segment of ceil(d / 32n) words, and a norm.
+    Wire: 2 (n - 1) hops of one bit per element of a segment of ceil(d / 32n) words, and a norm.
+    Rows that are zero on every rank stay zero (`says_zero`).
     """
 
     name: ClassVar[str] = "cascading_ssdm"

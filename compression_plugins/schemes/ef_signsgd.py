@@ -18,6 +18,9 @@ class EFSignSGD(Scheme):
 
     The mean is taken per block rather than per layer: layers of one bucket keep their own size, and the kernel stays
     one pass. Memory is in gradient units (the learning rate is applied by the optimizer, after the average).
+
+    Departure from the paper: rows that are zero on every rank, gradient and memory, stay zero (`says_zero`). A sign
+    alone would move an embedding's unused row, or a layer that was not called, by the scale of its block.
     """
 
     name: ClassVar[str] = "ef_signsgd"

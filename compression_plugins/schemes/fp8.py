@@ -13,7 +13,7 @@ from .registry import register
 
 @register
 class Fp8(Scheme):
-    """e4m3 values with one fp32 scale (absmax / 448) a block on the wire, fp32 sum.
+    """e4m3 values with one fp32 scale (absmax / 448) per block on the wire, fp32 sum.
 
     Rounded to nearest even on both ways, without error feedback.
     """

@@ -1,4 +1,4 @@
-"""Marsit: one bit an element on every hop."""
+"""Marsit: one bit per element on every hop."""
 
 from __future__ import annotations
 
@@ -36,16 +36,19 @@ class Marsit(Scheme):
     assigns to it; words are then summed by an ordinary all-reduce, no carry can occur). They send the same bytes.
 
     `direction: momentum` or `adam` puts the optimizer before the compression, where the paper has it: every rank keeps
-    its own moments (4 or 8 more bytes a value) and the direction takes the gradient's place, for exempt tensors and
+    its own moments (4 or 8 more bytes per value) and the direction takes the gradient's place, for exempt tensors and
     warm-up steps too. The script's optimizer must then be plain SGD, `torch.optim.SGD(lr=...)`. With `flush_steps: 1`,
     momentum is SGD(momentum) on the averaged gradient, for momentum is linear; adam is the mean of the ranks' own Adam
-    directions, which is another method than Adam on the averaged gradient. Not together with a loss scaler that
-    unscales averaged gradients (`torch.amp.GradScaler`); DeepSpeed's fp16 is fine.
+    directions, which is another method than Adam on the averaged gradient. Moments are in units of the unscaled
+    loss, with one `torch.amp.GradScaler` and with DeepSpeed's fp16.
 
     Departures from the paper. The memory is in units of what is averaged: the optimizer applies its learning rate after
     the average. The paper's step `eta_s` is one constant; `auto` sets it per tensor at each flush to the ranks' mean
     |p|, which all ranks learn with the flush itself, because gradients of different layers differ in size by orders of
-    magnitude. A rank whose gradient is not finite raises a flag in the same message, and every rank's result is NaN.
+    magnitude. A tensor whose p was zero there, as everything before a layer that starts at zero, has no scale yet: it
+    is taken anew 1, 2, 4, 8, 16, 24, ... rounds after the flush, by an all-reduce of one mean per tensor. Rows of p
+    that are zero on every rank stay zero, which bits alone cannot say (`says_zero`). A rank whose gradient is not
+    finite raises a flag in the same message, and every rank's result is NaN.
     """
 
     name: ClassVar[str] = "marsit"

@@ -25,7 +25,7 @@ _TINY = 2.0**-126  # smallest normal fp32
 class PowerSGD(Scheme):
     """One step of power iteration, started from the last step's result: P = MQ, orthogonalize, Q = M^T P.
 
-    Two all-reduces a bucket, of all its left and then all its right factors. A matrix for which rank (n + m) >= n m,
+    Two all-reduces per bucket, of all its left and then all its right factors. A matrix for which rank (n + m) >= n m,
     and what is no matrix, travels dense beside the left factors. The memory is M minus the aggregated approximation.
     """
 

@@ -23,7 +23,7 @@ class QSGD(Scheme):
     name: ClassVar[str] = "qsgd"
     paper: ClassVar[str] = "Alistarh et al., 2017, arXiv 1610.02132"
 
-    bits: Literal[2, 4, 8] = Field(4, description="bits a value, sign included")
+    bits: Literal[2, 4, 8] = Field(4, description="bits per value, sign included")
     block: Annotated[int, Field(ge=32, multiple_of=32)] = Field(512, description="elements that share a scale")
     norm: Literal["absmax", "l2"] = Field("absmax", description="scale of a block; l2 is the paper's")
 

@@ -29,7 +29,7 @@ class ScaleCom(Scheme):
     `exact` the k largest of the bucket. A low-pass filter damps the residual: m <- (1 - beta) m + beta (p - sent), here
     as p = g + beta r and r <- r + g - sent with r = m / beta, which is the same recursion.
 
-    Wire: places from the leader, ceil(log2 ratio) bits a chunk (at least 1; `exact`: 32 bits a value), then an
+    Wire: places from the leader, ceil(log2 ratio) bits per chunk (at least 1; `exact`: 32 bits per value), then an
     all-reduce of the kept values. `values: fp16` and `bf16` halve the latter: ranks still add in fp32, and what the
     rounding takes away goes to the residual (`half_mean`), so `sent` above is the rounded value.
     """

@@ -66,6 +66,9 @@ class SignSGD(Scheme):
     """One bit each way: the update is the sign that most ranks voted for; a tie is +1.
 
     The result is +-`magnitude` whatever the size of the gradient, so the learning rate is not that of SGD.
+
+    Departure from the paper: rows of the gradient that are zero on every rank stay zero (`says_zero`). A vote alone
+    would move an embedding's unused row by a whole `magnitude`.
     """
 
     name: ClassVar[str] = "signsgd"

@@ -60,10 +60,11 @@ class SSDM(Scheme):
     learning rate.
 
     Wire: an all-gather, (n - 1)(d + 32) bits from each rank, with d rounded up to a multiple of 32. Sums of bare signs,
-    ceil(log2(n + 1)) bits an element in an all-reduce, are another wire, which only ranks with one common norm can use.
+    ceil(log2(n + 1)) bits per element in an all-reduce, are another wire, open only to ranks with one common norm.
 
     Departures from the paper, as we understand it: messages keep their norm (its own step is along the mean of bare
-    signs), and momentum is left to the optimizer, after the average, instead of being drawn from.
+    signs), and momentum is left to the optimizer, after the average, instead of being drawn from. Rows that are zero on
+    every rank stay zero (`says_zero`); their signs alone would move them by the norm of the whole bucket.
     """
 
     name: ClassVar[str] = "ssdm"

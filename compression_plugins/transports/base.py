@@ -96,7 +96,7 @@ class Transport(ABC):
     def reduce_scatter(self, x: Tensor, shards: Sequence[int]) -> Handle:
         """Elementwise sum over ranks of this rank's shard of `x`, which is cut into `shards[i]` elements for rank i.
 
-        An all-to-all and a sum in rank order, in the dtype of `x`: as many bytes as a ring, rounded once an addend.
+        An all-to-all and a sum in rank order, in the dtype of `x`: as many bytes as a ring, rounded once per addend.
         """
         mine = shards[self.rank]
         inbox = self.all_to_all(x, shards, [mine] * self.size)

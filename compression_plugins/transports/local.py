@@ -22,7 +22,7 @@ class Advancing(Protocol):
 
 
 class LocalWorld:
-    """`LocalWorld(n).transports` holds one transport a rank; an operation is done once all ranks have posted theirs."""
+    """`LocalWorld(n).transports` holds one transport per rank; an operation is done when all have posted theirs."""
 
     def __init__(self, size: int) -> None:
         self.size = size

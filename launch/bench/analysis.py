@@ -36,7 +36,7 @@ class Who(NamedTuple):
         return self.scheme if self.scheme.startswith(f"{self.host}/") else f"{self.host}: {self.scheme}"
 
     def baseline(self, name: str) -> Who:
-        """`none` or `bf16` of the same host."""
+        """The uncompressed scheme `name` (`none` or `bf16`) of the same host, to compare with."""
         return Who(self.host, f"ddp/{name}" if self.host == "ddp" else name)
 
     @property
@@ -147,7 +147,7 @@ class Crossover(NamedTuple):
     """Where a speed-up ends.
 
     Attributes:
-        rate: bits a second at which the speed-up falls to 1; infinite if it is above 1 at the fastest measured rate;
+        rate: bits per second at which the speed-up falls to 1; infinite if it is above 1 at the fastest measured rate;
             0 if it is 1 or less at every measured rate.
         measured: the fastest measured rate.
     """

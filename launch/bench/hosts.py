@@ -37,7 +37,7 @@ def start(lab: Lab, cell: Cell, choice: Choice, folder: Path, batch: int) -> Job
     """The job of a speed or accuracy cell, which records into `folder`.
 
     Args:
-        batch: samples a rank and step, which DeepSpeed's config wants to know.
+        batch: samples per rank and step, which DeepSpeed's config wants to know.
     """
     worker = "ddp" if cell.host == "torchrun" else cell.host
     script = ["-m", f"launch.bench.worker_{worker}", *_arguments(cell, choice, folder, lab.interface)]

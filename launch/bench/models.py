@@ -32,17 +32,17 @@ def load(name: str, compute_ms: float | None = None) -> Task | SyntheticTask:
 
 
 def mlp() -> tuple[nn.Module, Tensor]:
-    """For `advise --model`: the network, and the batch of one rank."""
+    """The perceptron, and the batch of one rank, for `advise --model launch.bench.models:mlp`."""
     return _example("mlp")
 
 
 def cnn() -> tuple[nn.Module, Tensor]:
-    """See `mlp`."""
+    """The convolutional network and the batch of one rank, as `mlp`."""
     return _example("cnn")
 
 
 def transformer() -> tuple[nn.Module, Tensor]:
-    """See `mlp`."""
+    """The transformer and the batch of one rank, as `mlp`."""
     return _example("transformer")
 
 

@@ -47,7 +47,7 @@ def ask(lab: Lab, cell: Cell, choices: Iterable[Choice], folder: Path, limit_s: 
 
 
 def arguments(cell: Cell, ours: Iterable[Choice], result: Path) -> list[str]:
-    """Of the command `advise`: the cell's model, and the experiment's schemes as candidates."""
+    """Words of the command `advise` for the cell's model, with the experiment's schemes as candidates."""
     found = ["advise", "--json", str(result)]  # its host framework is the launcher's
     if cell.model in REAL_MODELS:
         found += ["--model", f"launch.bench.models:{cell.model}"]

@@ -17,7 +17,7 @@ _PACKAGES = ("compression-plugins", "torch", "horovod", "deepspeed", "numba", "n
 
 
 def provenance(file: Path) -> dict[str, Any]:
-    """Of every row of this run; `file` is the experiment's YAML."""
+    """What every row of this run says of its origin: experiment (`file`, its YAML), machine, versions, commit."""
     machine = Machine.here()
     return {
         "experiment": file.stem,
@@ -34,7 +34,7 @@ def provenance(file: Path) -> dict[str, Any]:
 
 
 def now() -> str:
-    """UTC, to the second."""
+    """The time in UTC, ISO 8601, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 

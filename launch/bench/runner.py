@@ -138,7 +138,7 @@ def _headline(row: Row) -> str:
     if row["kind"] == "prediction":
         return f"{len(row['predictions'])} schemes judged, recommended: {row['recommended']}"
     metric = f", metric {row['metric']:.4g}" if "metric" in row else ""
-    return f"{1e3 * row['step_s']:.0f} ms a step, {row['sent_bytes'] / 1e6:.3g} MB{metric}"
+    return f"{1e3 * row['step_s']:.0f} ms per step, {row['sent_bytes'] / 1e6:.3g} MB{metric}"
 
 
 def _duration(seconds: float) -> str:

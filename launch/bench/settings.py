@@ -52,7 +52,7 @@ _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 
 
 def bits_per_second(rate: str) -> float:
-    """Of a rate in tc's syntax; infinite for `unlimited`. Raises `ConfigError`."""
+    """The number that a rate in tc's syntax names; infinite for `unlimited`. Raises `ConfigError` for anything else."""
     if rate == UNLIMITED:
         return float("inf")
     match = _RATE.match(rate)

@@ -45,10 +45,10 @@ class Host(Protocol):
         """The network itself, for evaluation."""
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Block until every rank is here."""
 
     def close(self) -> None:
-        """Leave the framework in order."""
+        """Shut the framework down in an orderly way."""
 
     def about(self) -> dict[str, object]:
         """More facts for the record, such as the memory a peer's compression holds."""
@@ -72,7 +72,7 @@ class OrdinaryStep:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options of every worker."""
+    """A parser of the options that every worker takes."""
     found = argparse.ArgumentParser(description=description)
     found.add_argument("--model", required=True)
     found.add_argument("--compute-ms", type=float, help="time of a step of a synthetic model")

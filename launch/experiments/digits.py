@@ -24,7 +24,7 @@ def digits() -> TensorDataset:
 
 
 def zero_softmax() -> nn.Module:
-    """784 -> 10, started at zero."""
+    """Softmax regression: a linear layer from 784 pixels to 10 logits, all of it zero at first."""
     model = nn.Linear(784, 10)
     for parameter in model.parameters():
         nn.init.zeros_(parameter)

@@ -39,7 +39,7 @@ class Task(ABC):
     Attributes:
         build: makes the network; `model` seeds it.
         optimizer: made for a model's parameters.
-        batch: samples a rank and step.
+        batch: samples per rank and step.
         unit: of the figure of merit.
         better: 1 where more is better, -1 where less is.
     """
@@ -121,7 +121,7 @@ class Characters(Task):
 
 
 class CharLSTM(nn.Module):
-    """One layer of 64 units."""
+    """A character model: one LSTM layer of 64 units."""
 
     def __init__(self) -> None:
         super().__init__()

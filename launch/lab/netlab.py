@@ -83,7 +83,7 @@ class NetLab:
 
     Args:
         hosts: number of hosts, 1 to 200; one rank runs on each.
-        rate: link rate in the syntax of `tc` (bits a second), such as "1gbit" or "100mbit"; None leaves links unshaped.
+        rate: link rate in bits per second, as `tc` writes it: "1gbit", "100mbit"; None leaves links unshaped.
         pin: give every host CPUs of its own, or, where hosts are a multiple of the CPUs, each CPU to as many. Left
             to the scheduler, three of four are on one of two CPUs for a while, and the job waits for them.
 

@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 from ..philox import MASK, MULTIPLIER_0, MULTIPLIER_1, ROUNDS, WEYL_0, WEYL_1, Key
 from ._jit import jit
 
-LANES = 8  # counters a step; a step fills 64 elements
+LANES = 8  # counters per step; a step fills 64 elements
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(_I64, LANES)
 

@@ -122,7 +122,7 @@ class Stage:
             print(f"    {text}", flush=True)
 
     def end(self, note: str) -> None:
-        """The closing line."""
+        """Print how it ended, and after how many seconds."""
         head = f"\r\033[K  {self.label} ... " if self._terminal else "    "
         print(f"{head}{note} ({self.seconds:.0f} s)", flush=True)
 

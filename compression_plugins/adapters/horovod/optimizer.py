@@ -104,7 +104,7 @@ Compression = _Namespace()
 
 
 def state_dict(optimizer: Any) -> dict[str, Any]:
-    """The compression memory of `optimizer` on this rank: save it beside the optimizer's own state, one file a rank."""
+    """The compression memory of `optimizer` on this rank; save it beside the optimizer's own state, a file per rank."""
     return _session(optimizer).state_dict()
 
 

@@ -136,12 +136,13 @@ class HorovodSession(Session):
         return self._given[p]
 
     def stepped(self) -> None:
-        """The optimizer has stepped."""
+        """The optimizer has stepped; if it was with gradients of this session, their step is over."""
         if self._pending:
             self._pending = {}
             self.end_step()
 
     def drop(self) -> None:
+        """The script has thrown away gradients that no step was made with: they leave no trace."""
         self._pending = {}
         if self.started:
             super().drop()

@@ -109,7 +109,7 @@ def run(out: Path, quick: bool) -> str:
 
 
 def times(factors: Sequence[float | None]) -> str:
-    """Factors over AsyFPG, as text."""
+    """How many times fewer bits than AsyFPG, as text."""
     return "1×" if set(factors) == {1.0} else f"{spread(factors)}×"
 
 

@@ -45,7 +45,7 @@ class Clock(Simulation):
 
     Args:
         costs: of computing and coding.
-        rate: of every port, each way, in bits a second.
+        rate: of every port, each way, in bits per second.
 
     Attributes:
         now: seconds since the start.

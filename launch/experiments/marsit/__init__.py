@@ -1,1 +1,1 @@
-"""Marsit: one bit a value on a ring or torus."""
+"""Marsit: one bit per value on a ring or torus."""

@@ -30,7 +30,7 @@ from ..fashion import load_fashion
 from ..study import Study, drawing, spread
 
 DESCRIPTION = "Marsit: deviation of one-bit aggregates from the exact mean, against the number of workers"
-BATCH, WARM = 16, 100  # images a worker; steps of plain SGD before the gradients are taken
+BATCH, WARM = 16, 100  # images per worker; steps of plain SGD before the gradients are taken
 
 
 class FairCoin(Marsit):

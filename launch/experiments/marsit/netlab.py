@@ -122,7 +122,7 @@ def saving(results: dict[str, Result], name: str, target: float) -> float | None
 
 
 def less(saved: float | None) -> str:
-    """`saving` in words."""
+    """A saving (share of the other's, or None) in words: `12 % less`, `3 % more`, `target not reached`."""
     return "target not reached" if saved is None else f"{abs(100 * saved):.0f} % {'more' if saved < 0 else 'less'}"
 
 

@@ -21,8 +21,8 @@ from launch.task import Digits, batches, load_digits
 from ..fashion import load_fashion
 from ..simulated import Cluster
 
-#: Weights of the network. It has no biases: they travel dense under every scheme, and would add 0.08 bits an element in
-#: a network this small.
+#: Weights of the network. It has no biases: they travel dense under every scheme, and would add 0.08 bits per element
+#: in a network this small.
 NUMEL = 784 * 128 + 128 * 10
 #: Images a step, of all workers together: accuracies are comparable over numbers of workers.
 GLOBAL_BATCH = 256
@@ -117,7 +117,7 @@ def train_all(jobs: Sequence[Job], processes: int | None = None) -> Iterator[Run
 
 
 def bits_in_theory(flush_steps: float, workers: int) -> float:
-    """2(M-1)/M (1 + 31/K): a bit an element both ways round, and 32 every K steps."""
+    """2(M-1)/M (1 + 31/K): a bit per element both ways round, and 32 every K steps."""
     return 2 * (workers - 1) / workers * (1 + 31 / flush_steps)
 
 

@@ -103,7 +103,7 @@ def run(out: Path, quick: bool) -> str:
 
 
 def train(case: Case, beta: float | None, seed: int, data: tuple[Digits, Digits], epochs: int) -> Run:
-    """One run."""
+    """Train one case with one `beta` (the residual's filter) and one seed, for `epochs`; the curve of its losses."""
     train_set, test_set = data
     steps = epochs * (len(train_set.labels) // (BATCH * case.workers))
     result = Run(case, beta, seed, steps)
@@ -186,7 +186,7 @@ def _table(rows: Sequence[Sequence[Run]]) -> Table:
 
 
 def _picture(cases: Sequence[Case], runs: Sequence[Run], epochs: int) -> Any:
-    """Training loss against epochs: a panel a case, a line a seed, a cross where it diverged."""
+    """Training loss against epochs: a panel per case, a line per seed, a cross where it diverged."""
     from matplotlib.lines import Line2D
 
     figure, panels = drawing(len(cases), width=3.3 * len(cases), height=3.8)

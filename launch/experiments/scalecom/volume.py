@@ -61,7 +61,7 @@ def run(out: Path, quick: bool) -> str:
 
 
 def simulate(name: str, size: int) -> tuple[float, float]:
-    """All ranks in this process: payload bits a value that one sends at a step, and places of the update over k."""
+    """All ranks in this process: payload bits per value that one sends at a step, and places of the update over k."""
     config = Config.load(SCHEMES[name])
     whole = bucket(config, LOCAL)
     ranks = Ranks(config, size)
@@ -70,7 +70,7 @@ def simulate(name: str, size: int) -> tuple[float, float]:
 
 
 def measure(hosts: int, numel: int) -> dict[str, dict[str, float]]:
-    """For every scheme, bits a value and step, the mean over ranks: payload, and sent and received by `eth0`."""
+    """For every scheme, bits per value and step, the mean over ranks: payload, and sent and received by `eth0`."""
     with netlab.NetLab(hosts, rate=None, pin=False) as lab, tempfile.TemporaryDirectory() as folder:
         results = [Path(folder) / f"{rank}.json" for rank in range(hosts)]
         command = [sys.executable, "-m", "launch.experiments.scalecom.volume_worker"]
