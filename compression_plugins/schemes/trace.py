@@ -15,6 +15,7 @@ from ..transports.echo import EchoTransport
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..transports.base import Handle
     from .base import Scheme
 
 _ROUND = 1  # a usual step: what a scheme does now and then, it does in round 0
@@ -23,10 +24,9 @@ _ROUND = 1  # a usual step: what a scheme does now and then, it does in round 0
 def traced_bits(scheme: Scheme, segments: Sequence[Segment], size: int, device: str = "cpu") -> float:
     """Bits that each of `size` ranks sends in one average of a bucket of `segments`, the mean over ranks.
 
-    One rank's operations stand for all: a transport counts an operation as its mean over ranks, and all ranks hand in
-    equal lengths.
+    One rank's operations stand for all: they are counted as their mean over ranks, and all ranks hand in equal lengths.
     """
-    transport = EchoTransport(0, size)
+    transport = _Mean(0, size)
     numel = total(segments)
     slots = _Slots(numel, device)
     key = K.Key(0, 0, _ROUND, 0)
@@ -38,6 +38,14 @@ def traced_bits(scheme: Scheme, segments: Sequence[Segment], size: int, device: 
             value = program.send(value).wait()
         except StopIteration:
             return 8 * transport.sent
+
+
+class _Mean(EchoTransport):
+    """Counts what a rank sends on average: owners of long shards and of short ones."""
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Handle:
+        self._count((self.size - 1) / self.size * sum(send) * x.element_size())
+        return self._all_to_all(x, send, receive)
 
 
 class _Slots:
