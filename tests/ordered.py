@@ -87,9 +87,7 @@ class OrderedTransport(LocalTransport):
             mine.append(operation)
             for rank, issued in enumerate(world.issued):
                 if len(issued) > place and kind != "all_to_all" and issued[place] != operation:
-                    raise Disorder(
-                        f"operation {place}: rank {self.rank} {operation}, rank {rank} {issued[place]}"
-                    )
+                    raise Disorder(f"operation {place}: rank {self.rank} {operation}, rank {rank} {issued[place]}")
                 if len(issued) > place and issued[place][:2] != operation[:2]:
                     raise Disorder(f"operation {place}: {operation}, {issued[place]}")
             world.post(("", place), self.rank, kind, x.clone(), argument)

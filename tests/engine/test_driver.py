@@ -64,7 +64,9 @@ def test_programs_that_ranks_start_in_different_orders_finish_where_operations_h
             reducer.end_step()
 
 
-@pytest.mark.parametrize(("name", "keys"), CASES, ids=lambda value: value if isinstance(value, str) else "-".join(value))
+@pytest.mark.parametrize(
+    ("name", "keys"), CASES, ids=lambda value: value if isinstance(value, str) else "-".join(value)
+)
 def test_ranks_issue_the_same_operations_whatever_polls_say_and_none_waits_in_vain(
     name: str, keys: dict[str, Any]
 ) -> None:

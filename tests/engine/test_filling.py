@@ -84,7 +84,9 @@ def test_the_only_gradient_of_its_bucket_is_reduced_where_it_is(monkeypatch: pyt
     started: list[int] = []
     plain = Reducer.start
     monkeypatch.setattr(
-        Reducer, "start", lambda self, bucket, flat, **kw: started.append(flat.data_ptr()) or plain(self, bucket, flat, **kw)
+        Reducer,
+        "start",
+        lambda self, bucket, flat, **kw: started.append(flat.data_ptr()) or plain(self, bucket, flat, **kw),
     )
     given = [{"alone": draw("alone", rank)} for rank in range(SIZE)]
     hosts.give(given)
@@ -147,7 +149,10 @@ def test_what_a_rank_lacks_counts_as_zero_and_its_residual_stays() -> None:
         hosts.give([{n: draw(n, rank, step) for n in shapes} for rank in range(SIZE)])
         hosts.end_step()
     before = [reducer.state_dict()["vectors"]["residual"] for reducer in hosts.reducers]
-    given = [{n: draw(n, rank, 9) if (rank, n) != (1, "conv") else torch.zeros(shapes[n][0]) for n in shapes} for rank in range(SIZE)]
+    given = [
+        {n: draw(n, rank, 9) if (rank, n) != (1, "conv") else torch.zeros(shapes[n][0]) for n in shapes}
+        for rank in range(SIZE)
+    ]
     assert hosts.fillings[0].missing() == ["alone", "conv"]
     hosts.give(given, absent=[(), ("conv",)])
     hosts.end_step()
