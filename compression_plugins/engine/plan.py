@@ -73,6 +73,8 @@ class Bucket:
 
     def wire_bytes(self, size: int) -> float:
         """Bytes that each of `size` ranks sends to average this bucket once, the mean over ranks and steps."""
+        if not self.numel:
+            return 0.0
         bits = self.scheme.wire_bits(self.segments, size)
         if self.scheme.host_dense:
             bits *= _BYTES.get(self.dtype, 4) / 4

@@ -97,6 +97,7 @@ class Session:
         patterns.note(config, [*self.parameters, *frozen], speaks)
         self.plan = make_plan(config, self.specs(self.parameters))
         self.hooks: list[StepHook] = []
+        self._makes_hooks = False
         self._reducer: Reducer | None = None
         self._telemetry: Telemetry | None = None
         self._earlier = (0.0, 0.0)  # bytes and seconds of reducers before this one
@@ -148,7 +149,7 @@ class Session:
 
     def make_hooks(self) -> None:
         """Make the step hooks of the schemes, for a host whose ranks hold whole parameters."""
-        self.hooks = self._hooks_of(self.plan)
+        self._makes_hooks, self.hooks = True, self._hooks_of(self.plan)
 
     def opened(self, where: str = "") -> None:
         """All ranks agree; say what will happen.
@@ -166,7 +167,7 @@ class Session:
         self.parameters.update(parameters)
         more = make_plan(self.config, self.specs(parameters))
         self.plan = Plan(more.buckets + self.plan.buckets, self.plan.rows + more.rows)
-        if self.hooks:
+        if self._makes_hooks:
             self.hooks += self._hooks_of(more)
         if self._tally.speaks:
             announce(f"{self.host}: new parameters, {more.table(self.reducer.transport.size)}")
