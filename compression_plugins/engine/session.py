@@ -73,6 +73,7 @@ class Session:
             were made.
         plan: which tensor travels how.
         hooks: what happens around the optimizer's step.
+        reductions: of each bucket within one step.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Session:
         self.name = f"compression_plugins.{digest}.{_made[digest]}"
         _made[digest] += 1
         self.hooks: list[StepHook] = []
+        self.reductions = 1
         self._reducer: Reducer | None = None
         self._telemetry: Telemetry | None = None
         self._earlier = (0.0, 0.0)  # bytes and seconds of reducers before this one
@@ -150,6 +152,10 @@ class Session:
             ConfigError: a rule or an exemption matches no tensor of any model in this process.
         """
         patterns.check(self.config)
+        self.announce(where)
+
+    def announce(self, where: str = "") -> None:
+        """Say what will happen, where a host does so before it knows every model of the job."""
         if self._tally.speaks:
             size = self.reducer.transport.size
             announce(f"{self.host}: {self.config.scheme.name} on {self._tally.ranks}{where}, {self.plan.table(size)}")
@@ -202,7 +208,7 @@ class Session:
             for hook in self.hooks:
                 hook.after_step(step)
         self._tally.steps += 1
-        self._tally.dense += dense
+        self._tally.dense += dense * self.reductions
         self._tally.sent = self._earlier[0] + reducer.transport.sent
         self._tally.exposed_s = self._earlier[1] + reducer.engine.seconds.exposed
 

@@ -148,6 +148,10 @@ class Scheme(BaseModel):
 
         return traced_bits(self, segments, size)
 
+    def scatter_bits(self, segments: Sequence[Segment], size: int) -> float:
+        """The same for `scatter_mean`: every rank sends each of the others its shard."""
+        return self._codec.payload_bits(total(segments)) * (size - 1) / size
+
     @property
     def _codec(self) -> Codec:
         if self.codec is None:
@@ -181,3 +185,6 @@ class NoCompression(Scheme):
 
     def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
         return 64 * total(segments) * (size - 1) / size
+
+    def scatter_bits(self, segments: Sequence[Segment], size: int) -> float:
+        return self.wire_bits(segments, size) / 2
