@@ -82,7 +82,7 @@ class Router:
             groups.setdefault((bucket.scheme, bucket.dtype), []).append((index, piece))
         parts = []
         for (scheme, dtype), members in groups.items():
-            owned = "scatter_mean" in scheme.operations and all(piece.owner is not None for _, piece in members)
+            owned = scatters(scheme) and all(piece.owner is not None for _, piece in members)
             if owned:
                 members = sorted(members, key=lambda member: member[1].owner or 0)
             mine = [piece for _, piece in members]
@@ -105,6 +105,13 @@ class Router:
             shape = whole.shape if (start, numel) == (0, whole.numel) else None
             segments.append(Segment(name, start, numel, shape, whole.row))
         return segments
+
+
+def scatters(scheme: Scheme) -> bool:
+    """Whether `scheme` reduces every slice to its owner only. What is not compressed is all-reduced, as DeepSpeed
+    does it.
+    """
+    return "scatter_mean" in scheme.operations and not scheme.host_dense
 
 
 def in_wire_dtype(plan: Plan, wire: torch.dtype) -> Plan:
@@ -138,6 +145,5 @@ def as_host_fills(plan: Plan, names: Sequence[str], limit: int, sharded: bool) -
             bucket, segment = known[name]
             groups.setdefault((bucket.scheme, bucket.device, bucket.dtype), []).append(segment)
         for (scheme, device, dtype), segments in groups.items():
-            scatters = sharded and "scatter_mean" in scheme.operations
-            buckets.append(Bucket(scheme, tuple(segments), device, dtype, sharded=scatters))
+            buckets.append(Bucket(scheme, tuple(segments), device, dtype, sharded=sharded and scatters(scheme)))
     return Plan(tuple(buckets), plan.rows)

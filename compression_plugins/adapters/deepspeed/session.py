@@ -17,7 +17,7 @@ from ...engine.reducer import Reducer
 from ...engine.session import Session
 from ...transports.torch_distributed import TorchDistributed
 from .config import wire_dtype
-from .routes import Part, Router, in_wire_dtype
+from .routes import Part, Router, in_wire_dtype, scatters
 from .scope import Scope, mismatch
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class DeepSpeedSession:
                 torch._foreach_copy_([mine[i] for i in part.kept], [pieces[i] for i in part.kept])
             self._free.append(flat)
 
-        shards = part.shards if "scatter_mean" in scheme.operations else None
+        shards = part.shards if scatters(scheme) else None
         self.reducer.start(bucket, flat, shards, scheme=scheme).then(done)
 
     def _write(self, part: Part, i: int, values: Tensor) -> None:
