@@ -76,6 +76,7 @@ def attach(engine: Any, config: Config) -> DeepSpeedSession | None:
     from .backend import CompressedBackend
     from .session import DeepSpeedSession
     from .weights import gathered_weights
+    from .zero import mark_zero
 
     refuse_engine(engine)
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -108,7 +109,7 @@ def attach(engine: Any, config: Config) -> DeepSpeedSession | None:
     ) or None  # fmt: skip
     if session.weights is not None:
         common.hooks = [session.weights]
-    seams.mark_zero(session, backend) if zero else seams.replace_reduction(session)
+    mark_zero(session, backend) if zero else seams.replace_reduction(session)
     seams.follow_steps(session, backend)
     seams.follow_weights(session)
     checkpoint.follow(session)
@@ -160,7 +161,7 @@ def _follow_zero(session: DeepSpeedSession) -> None:
     """Let ZeRO's buffers hold no more than a bucket of the plan, and the plan's buckets be what fills them."""
     from ...engine.plan import bucket_numel
     from .routes import as_host_fills
-    from .seams import accumulates_in_fp32
+    from .zero import accumulates_in_fp32
 
     optimizer, common = session.engine.optimizer, session.common
     limit = min(int(optimizer.reduce_bucket_size), bucket_numel(common.config, common.specs(common.parameters)))
