@@ -75,6 +75,7 @@ class Session:
             differ would never meet to find out.
         plan: which tensor travels how.
         hooks: what happens around the optimizer's step.
+        reductions: of each bucket within one step.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Session:
         self.plan = make_plan(config, self.specs(self.parameters))
         self.hooks: list[StepHook] = []
         self._makes_hooks = False
+        self.reductions = 1
         self._reducer: Reducer | None = None
         self._telemetry: Telemetry | None = None
         self._earlier = (0.0, 0.0)  # bytes and seconds of reducers before this one
@@ -158,6 +160,10 @@ class Session:
             ConfigError: a rule or an exemption matches no tensor of any model in this process.
         """
         patterns.check(self.config)
+        self.announce(where)
+
+    def announce(self, where: str = "") -> None:
+        """Say what will happen, where a host does so before it knows every model of the job."""
         if self._tally.speaks:
             size = self.reducer.transport.size
             announce(f"{self.host}: {self.config.scheme.name} on {self._tally.ranks}{where}, {self.plan.table(size)}")
@@ -211,7 +217,7 @@ class Session:
             for hook in self.hooks:
                 hook.after_step(step)
         self._tally.steps += 1
-        self._tally.dense += dense
+        self._tally.dense += dense * self.reductions
         self._tally.sent = self._earlier[0] + reducer.transport.sent
         self._tally.exposed_s = self._earlier[1] + reducer.engine.seconds.exposed
 

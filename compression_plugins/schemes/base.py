@@ -149,6 +149,10 @@ class Scheme(BaseModel):
 
         return traced_bits(self.mean, segments, size)
 
+    def scatter_bits(self, segments: Sequence[Segment], size: int) -> float:
+        """The same for `scatter_mean`: every rank sends each of the others its shard."""
+        return self._codec("scatter_mean").payload_bits(total(segments)) * (size - 1) / size
+
     def _codec(self, operation: Operation) -> Codec:
         """What an operation is made of.
 
@@ -191,3 +195,6 @@ class NoCompression(Scheme):
 
     def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
         return 64 * total(segments) * (size - 1) / size
+
+    def scatter_bits(self, segments: Sequence[Segment], size: int) -> float:
+        return self.wire_bits(segments, size) / 2

@@ -29,7 +29,9 @@ def test_the_formula_of_the_wire_is_what_one_rank_is_traced_to_send(name: str, v
         for i, shape in enumerate(shapes):
             numel = int(torch.Size(shape).numel())
             segments.append(Segment(f"w{i}", 0, numel, shape, numel // shape[0] if len(shape) > 1 else 0))
-        assert traced_bits(scheme.mean, segments, size) == pytest.approx(scheme.wire_bits(segments, size), rel=1e-9), shapes
+        assert traced_bits(scheme.mean, segments, size) == pytest.approx(scheme.wire_bits(segments, size), rel=1e-9), (
+            shapes
+        )
 
 
 def test_an_empty_bucket_sends_nothing() -> None:
