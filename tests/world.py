@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,8 +52,14 @@ class World:
         shared = torch.randn(self.bucket.numel, generator=generator)
         return [shared + torch.randn(self.bucket.numel, generator=generator) for _ in range(self.size)]
 
-    def reduce(self, gradients: Sequence[Tensor], shards: Sequence[int] | None = None) -> list[Tensor]:
-        jobs = [r.start(self.bucket, g.clone(), shards) for r, g in zip(self.reducers, gradients)]
+    def reduce(
+        self,
+        gradients: Sequence[Tensor],
+        shards: Sequence[int] | None = None,
+        absent: Sequence[Collection[str]] | None = None,
+    ) -> list[Tensor]:
+        lacks = [frozenset(names) for names in absent or [()] * self.size]
+        jobs = [r.start(self.bucket, g.clone(), shards, a) for r, g, a in zip(self.reducers, gradients, lacks)]
         drive(jobs)
         return [job.result() for job in jobs]
 
@@ -70,3 +76,22 @@ class World:
 
 def mean(gradients: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(gradients)).double().mean(0)
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Two states hold the same bits."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    else:
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def written(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A reducer's state without memory that is zeros: it may have a place before anything is written to it."""
+    vectors = {
+        slot: {name: parts for name, parts in named.items() if any(part.any() for part in parts.values())}
+        for slot, named in state["vectors"].items()
+    }
+    return {**state, "vectors": {slot: named for slot, named in vectors.items() if named}}

@@ -135,8 +135,9 @@ def record(
 ) -> Trace:
     """Run `scheme` as rank `rank` of `size`, and keep medians over `steps` steps.
 
-    Step 0 is one kind: there schemes of a period do what they seldom do. The others are steps 1 + i * size: rank 1 then
-    leads and the others follow, where ranks take turns. With `steps` 0 only the operations have a meaning.
+    Step 0 is one kind: there schemes of a period do what they seldom do. The others are steps 1 + 2 i * size: rank 1
+    then leads and the others follow, where ranks take turns; and they are odd, for now and then is rarely odd. With
+    `steps` 0 only the operations have a meaning.
     """
     transport = RecordingTransport(rank, size, clock(device), limit)
     reducer = Reducer(_config(scheme), transport)
@@ -158,10 +159,10 @@ def record(
         reducer.end_step()
         return work
 
-    works = one(0), one(1)  # both kinds are compiled and have their state
+    works = one(0), one(1 + 2 * size)  # both kinds are compiled and have their state
     if steps == 0:
         return Trace(*(_median([work]) for work in works))
-    others = [one(1 + i * size) for i in range(1, steps + 1)]
+    others = [one(1 + 2 * i * size) for i in range(1, steps + 1)]
     firsts = [one(0) for _ in range(max(1, steps // 2))]
     return Trace(_median(firsts), _median(others))
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..core.call import Segment
+from ..engine.marks import marks_bits
 from ..engine.plan import Bucket
 from ..schemes.base import Scheme
 from .record import Operation, Trace, Work, clock, record, sent_bytes, slowest
@@ -55,7 +56,8 @@ class Profile:
         """The kinds of steps of this bucket on `size` ranks; their shares add up to 1."""
         trace = self._at(size)
         sample = Bucket(self.scheme, tuple(trace.segments), self.device).wire_bytes(size)
-        factor = bucket.wire_bytes(size) / sample if sample else 1.0
+        own = self.scheme.wire_bits(trace.segments, size)
+        factor = self.scheme.wire_bits(bucket.segments, size) / own if own else 1.0
         other = self._seconds(trace.other, trace.pace_other, bucket, size, factor)
         if _structure(trace.first) == _structure(trace.other):
             return [other]
@@ -139,9 +141,10 @@ class Profile:
             each = between / later if later else 0.0
             if i == 0 and op.repeat > 1:  # its first stretch is the encoding
                 each = (before + (op.repeat - 1) * each) / op.repeat
-            operations.append(
-                op._replace(code_s=before if i == 0 and op.repeat == 1 else each, nbytes=op.nbytes * factor)
-            )
+            nbytes = op.nbytes * factor
+            if i == 0 and not self.scheme.says_zero:  # the marks of zero rows go first, and count rows, not values
+                nbytes = marks_bits(bucket.segments, 2) / 8
+            operations.append(op._replace(code_s=before if i == 0 and op.repeat == 1 else each, nbytes=nbytes))
         return Work(tuple(operations), after)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from .._lazy import torch
+from ..core.memory import Vector
 from ..core.streams import Purpose, of
 from .shards import decode_shards, encode_shards, even_shards
 
@@ -85,10 +86,16 @@ def gather_shards(codec: Codec, memory: Memory | None, call: Call, x: Tensor) ->
     payload = x.new_zeros(codec.nbytes(max(shards)), dtype=torch.uint8)
     if x.numel():
         start = sum(shards[:rank])
-        residual = call.residual().part(start, start + x.numel()) if memory else None
+        residual = _in_place(call).part(start, start + x.numel()) if memory else None
         codec.encode(x, call.key, memory, residual, out=payload[: codec.nbytes(x.numel())])
     payloads = yield call.transport.all_gather(payload)
     return decode_shards(codec, payloads, shards, x.new_empty(sum(shards)))
+
+
+def _in_place(call: Call) -> Vector:
+    """The residual, of which a part is written and the rest stays as it is."""
+    residual = call.state.vector("residual")
+    return Vector(residual, residual)
 
 
 def mix(codec: Codec, memory: Memory | None, call: Call, x: Tensor, weights: Mapping[int, float]) -> Reduction:
@@ -96,15 +103,18 @@ def mix(codec: Codec, memory: Memory | None, call: Call, x: Tensor, weights: Map
 
     Args:
         weights: offset -> weight: the vector of rank `rank - offset` counts with that weight; offset 0 is this rank's
-            own, which counts as what its message decodes to. All ranks pass the same.
+            own, which counts as what its message decodes to. All ranks pass the same. On a ring so short that offsets
+            meet in one rank, their weights add up and it gets one message.
     """
     rank, size = call.transport.rank, call.transport.size
+    met = {0: 0.0}
+    for offset, weight in weights.items():
+        met[offset % size] = met.get(offset % size, 0.0) + weight
     payload = codec.encode(x, call.key, memory, call.residual() if memory else None)
-    codec.decode(payload, x.numel(), out=x, weight=weights.get(0, 0.0))
-    for offset, weight in sorted(weights.items()):
-        if offset % size:
-            received = yield call.transport.send_recv(payload, to=(rank + offset) % size, source=(rank - offset) % size)
-            codec.decode(received, x.numel(), out=x, weight=weight, accumulate=True)
+    codec.decode(payload, x.numel(), out=x, weight=met.pop(0))
+    for offset, weight in sorted(met.items()):
+        received = yield call.transport.send_recv(payload, to=(rank + offset) % size, source=(rank - offset) % size)
+        codec.decode(received, x.numel(), out=x, weight=weight, accumulate=True)
     return x
 
 

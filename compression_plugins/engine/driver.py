@@ -38,19 +38,25 @@ class Work(Generic[T]):
         self._send(None)
 
     def poll(self) -> bool:
-        """Go as far as possible without blocking; True when the result is there."""
-        while not self.done and self._handle.poll():  # type: ignore[union-attr]
+        """Go as far as possible without blocking; True when the result is there. Where order is a contract between
+        ranks, only look: what is ready differs from rank to rank.
+        """
+        while not (self.done or self._engine.ordered) and self._handle.poll():  # type: ignore[union-attr]
             self.advance()
         return self.done
 
     def advance(self) -> None:
         """Block until the operation in flight is done, and start the next."""
-        if not self.done:
-            seconds = self._engine.seconds
-            with seconds.spent("exposed"):
+        if self.done:
+            return
+        try:
+            with self._engine.seconds.spent("exposed"):
                 value = self._handle.wait()  # type: ignore[union-attr]
-            seconds.landed()
-            self._send(value)
+        except BaseException:
+            self.abort()
+            raise
+        self._engine.seconds.landed()
+        self._send(value)
 
     def result(self) -> T:
         """What the program returns; waits for it, together with everything else that the driver runs.
@@ -74,8 +80,9 @@ class Work(Generic[T]):
     def abort(self) -> None:
         """Give up: the program cleans up behind itself, and there will be no result."""
         if not self.done:
-            self._program.close()
             self._handle, self.done, self.aborted = None, True, True
+            self._engine.seconds.landed()
+            self._program.close()
 
     def _send(self, value: Tensor | None) -> None:
         with self._engine.seconds.spent("decode" if self.phase else "encode"):
@@ -83,6 +90,9 @@ class Work(Generic[T]):
                 self._handle = self._program.send(value)
             except StopIteration as stop:
                 self._result, self._handle, self.done = stop.value, None, True
+            except BaseException:
+                self._handle, self.done, self.aborted = None, True, True
+                raise
         if self.done:
             for callback in self._callbacks:
                 callback(self._result)  # type: ignore[arg-type]
@@ -154,4 +164,3 @@ class Engine:
             work.abort()
         self._works = []
         self._recent.clear()
-        self.seconds.in_flight = 0

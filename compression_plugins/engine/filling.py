@@ -23,6 +23,7 @@ class _Filling:
         self.bucket = bucket
         self.gradients: dict[int, Tensor] = {}
         self.absent: set[str] = set()
+        self.exact = False
         self.work: Work[Tensor] | None = None
         self._flats: dict[torch.dtype, Tensor] = {}
 
@@ -85,19 +86,20 @@ class Fillings:
 
         Args:
             absent: this rank has none; `gradient` is zeros.
-            exact: average without compression, and without a trace in the state.
+            exact: average the bucket without compression, and without a trace in the state.
         """
         filling, place = self._slots[name]
         filling.gradients[place] = gradient
+        filling.exact |= exact
         if absent:
             filling.absent.add(name)
         if not filling.complete:
             return
         if not self._reducer.transport.ordered:
-            self._start(filling, exact)
+            self._start(filling)
             return
         while self._next < len(self._fillings) and self._fillings[self._next].complete:
-            self._start(self._fillings[self._next], exact)
+            self._start(self._fillings[self._next])
             self._next += 1
 
     def missing(self) -> list[str]:
@@ -119,12 +121,13 @@ class Fillings:
         for filling in self._fillings:
             filling.gradients.clear()
             filling.absent.clear()
+            filling.exact = False
             filling.work = None
         self._next = 0
 
-    def _start(self, filling: _Filling, exact: bool) -> None:
+    def _start(self, filling: _Filling) -> None:
         bucket, reducer = filling.bucket, self._reducer
-        scheme = NoCompression() if exact else reducer.scheme_of(bucket)
+        scheme = NoCompression() if filling.exact else reducer.scheme_of(bucket)
         own = getattr(torch, bucket.dtype) if scheme.host_dense else torch.float32
         flat = filling.flat(own)
         scale = None if scheme.host_dense else loss_scale.current()

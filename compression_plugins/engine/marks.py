@@ -29,7 +29,7 @@ def rows_of(segments: tuple[Segment, ...]) -> tuple[tuple[int, int, int], ...]:
     position = 0
     for segment in segments:
         width, left = segment.row or segment.numel, segment.numel
-        head = min(left, -segment.start % width) if width else 0
+        head = min(left, -segment.start % width) if segment.row else 0
         for number, length in ((1, head), ((left - head) // width if width else 0, width)):
             if number and length:
                 found.append((position, number, length))

@@ -53,7 +53,8 @@ class Row(NamedTuple):
 class Bucket:
     """Tensors that are compressed and sent as one flat vector, in the order of `segments`.
 
-    The vector is fp32 where a scheme compresses, and of the tensors' own `dtype` where it does not.
+    The vector is fp32 where a scheme compresses, and of the tensors' own `dtype` where it does not. With `sharded` each
+    rank gets the average of its own shard only.
     """
 
     scheme: Scheme
@@ -61,6 +62,7 @@ class Bucket:
     device: str = "cpu"
     dtype: str = "float32"
     role: Role = "gradient"
+    sharded: bool = False
 
     @cached_property
     def numel(self) -> int:
@@ -75,7 +77,9 @@ class Bucket:
 
     def wire_bytes(self, size: int) -> float:
         """Bytes that each of `size` ranks sends to average this bucket once, the mean over ranks and steps."""
-        bits = self.scheme.wire_bits(self.segments, size)
+        if not self.numel:
+            return 0.0
+        bits = (self.scheme.scatter_bits if self.sharded else self.scheme.wire_bits)(self.segments, size)
         if self.scheme.host_dense:
             bits *= _BYTES.get(self.dtype, 4) / 4
         if not self.scheme.says_zero:
@@ -177,7 +181,7 @@ def _choose(config: Config, spec: TensorSpec) -> Row:
     return Row(spec.name, spec.numel, config.scheme.dense if reason else config.scheme, reason)
 
 
-def _bucket_numel(config: Config, specs: Sequence[TensorSpec]) -> int:
+def bucket_numel(config: Config, specs: Sequence[TensorSpec]) -> int:
     """Values that a bucket may hold. `auto`: so few that the first buckets of a small model travel during backward, and
     not so few that the latency of their messages counts.
     """
@@ -188,7 +192,7 @@ def _bucket_numel(config: Config, specs: Sequence[TensorSpec]) -> int:
 
 
 def _pack(config: Config, specs: Sequence[TensorSpec], rows: Sequence[Row]) -> tuple[Bucket, ...]:
-    limit = _bucket_numel(config, specs)
+    limit = bucket_numel(config, specs)
     done: list[Bucket] = []
     open_: dict[tuple[str, str, str], list[Segment]] = {}
     schemes: dict[tuple[str, str, str], Scheme] = {}

@@ -240,4 +240,4 @@ def _sample_places(bucket: Bucket) -> Tensor:
     for segment in bucket.segments:
         places.append(start + (steps * max(0, segment.numel - 1) / (_SAMPLES - 1)).long())
         start += segment.numel
-    return torch.cat(places)
+    return torch.cat(places).clamp_(max=bucket.numel - 1)  # an empty segment may stand at the end

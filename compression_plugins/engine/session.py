@@ -75,6 +75,7 @@ class Session:
             differ would never meet to find out.
         plan: which tensor travels how.
         hooks: what happens around the optimizer's step.
+        reductions: of each bucket within one step.
     """
 
     def __init__(
@@ -97,6 +98,8 @@ class Session:
         patterns.note(config, [*self.parameters, *frozen], speaks)
         self.plan = make_plan(config, self.specs(self.parameters))
         self.hooks: list[StepHook] = []
+        self._makes_hooks = False
+        self.reductions = 1
         self._reducer: Reducer | None = None
         self._telemetry: Telemetry | None = None
         self._earlier = (0.0, 0.0)  # bytes and seconds of reducers before this one
@@ -149,7 +152,7 @@ class Session:
 
     def make_hooks(self) -> None:
         """Make the step hooks of the schemes, for a host whose ranks hold whole parameters."""
-        self.hooks = self._hooks_of(self.plan)
+        self._makes_hooks, self.hooks = True, self._hooks_of(self.plan)
 
     def opened(self, where: str = "") -> None:
         """All ranks agree; say what will happen.
@@ -158,6 +161,10 @@ class Session:
             ConfigError: a rule or an exemption matches no tensor of any model in this process.
         """
         patterns.check(self.config)
+        self.announce(where)
+
+    def announce(self, where: str = "") -> None:
+        """Say what will happen, where a host does so before it knows every model of the job."""
         if self._tally.speaks:
             size = self.reducer.transport.size
             announce(f"{self.host}: {self.config.scheme.name} on {self._tally.ranks}{where}, {self.plan.table(size)}")
@@ -167,7 +174,7 @@ class Session:
         self.parameters.update(parameters)
         more = make_plan(self.config, self.specs(parameters))
         self.plan = Plan(more.buckets + self.plan.buckets, self.plan.rows + more.rows)
-        if self.hooks:
+        if self._makes_hooks:
             self.hooks += self._hooks_of(more)
         if self._tally.speaks:
             announce(f"{self.host}: new parameters, {more.table(self.reducer.transport.size)}")
@@ -213,7 +220,7 @@ class Session:
             for hook in self.hooks:
                 hook.after_step(step)
         self._tally.steps += 1
-        self._tally.dense += dense
+        self._tally.dense += dense * self.reductions
         self._tally.sent = self._earlier[0] + reducer.transport.sent
         self._tally.exposed_s = self._earlier[1] + reducer.engine.seconds.exposed
 

@@ -137,11 +137,11 @@ class Undoable:
         """What the step made is what is kept."""
         left = {name: list(spans) for name, spans in self._touched.items()}
         for segments in self._buckets:
-            spans = [(s.start, s.start + s.numel) for s in segments]
-            whole = all(span in left[s.name] for s, span in zip(segments, spans))
+            spans = [(s.name, (s.start, s.start + s.numel)) for s in segments if s.numel]
+            whole = all(span in left[name] for name, span in spans)
             if whole and self.kept.trade(self.running, segments):
-                for s, span in zip(segments, spans):
-                    left[s.name].remove(span)
+                for name, span in spans:
+                    left[name].remove(span)
         for name, rest in left.items():
             for low, high in rest:
                 self.kept.write(name, low, self.running.read(name, low, high))

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ..core.call import Call, Reduction, Segment, total
 from ..core.memory import Memory
+from ..errors import UnsupportedError
 from .registry import register
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class Scheme(BaseModel):
 
     def mean(self, x: Tensor, call: Call) -> Reduction:
         """Average flat fp32 `x` over ranks. `x` may be overwritten, and may be what is returned."""
-        return (yield from self.collective.mean(self._codec, self.memory, call, x))
+        return (yield from self.collective.mean(self._codec("mean"), self.memory, call, x))
 
     def scatter_mean(self, x: Tensor, call: Call) -> Reduction:
         """The same where each rank needs only the shard that it owns (`call.shards`); the rest of the result has no
@@ -116,7 +117,7 @@ class Scheme(BaseModel):
         """
         from ..collectives import scatter_mean
 
-        return (yield from scatter_mean(self._codec, self.memory, call, x))
+        return (yield from scatter_mean(self._codec("scatter_mean"), self.memory, call, x))
 
     def gather(self, x: Tensor, call: Call) -> Reduction:
         """What every rank holds, from the own shard `x` of each (`call.shards`): flat fp32, all shards in rank order,
@@ -124,7 +125,7 @@ class Scheme(BaseModel):
         """
         from ..collectives import gather_shards
 
-        return (yield from gather_shards(self._codec, self.memory, call, x))
+        return (yield from gather_shards(self._codec("gather"), self.memory, call, x))
 
     def mix(self, x: Tensor, call: Call, weights: Mapping[int, float]) -> Reduction:
         """Weighted mean of this rank's vector and of those of its neighbours on the ring of ranks.
@@ -134,7 +135,7 @@ class Scheme(BaseModel):
         """
         from ..collectives import mix
 
-        return (yield from mix(self._codec, self.memory, call, x, weights))
+        return (yield from mix(self._codec("mix"), self.memory, call, x, weights))
 
     def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
         """Bits that each of `size` ranks sends, the mean over ranks and steps, to average a bucket of `segments` once.
@@ -148,11 +149,21 @@ class Scheme(BaseModel):
 
         return traced_bits(self.mean, segments, size)
 
-    @property
-    def _codec(self) -> Codec:
-        if self.codec is None:
-            raise NotImplementedError(f"scheme {self.name} names no codec and must override its operations")
-        return self.codec
+    def scatter_bits(self, segments: Sequence[Segment], size: int) -> float:
+        """The same for `scatter_mean`: every rank sends each of the others its shard."""
+        return self._codec("scatter_mean").payload_bits(total(segments)) * (size - 1) / size
+
+    def _codec(self, operation: Operation) -> Codec:
+        """What an operation is made of.
+
+        Raises:
+            UnsupportedError: this scheme does not have the operation.
+        """
+        codec = self.codec
+        if codec is None or operation not in self.operations:
+            has = ", ".join(sorted(self.operations))
+            raise UnsupportedError(f"scheme {self.name!r} cannot {operation}; what it can do: {has}")
+        return codec
 
 
 @register
@@ -184,3 +195,6 @@ class NoCompression(Scheme):
 
     def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
         return 64 * total(segments) * (size - 1) / size
+
+    def scatter_bits(self, segments: Sequence[Segment], size: int) -> float:
+        return self.wire_bits(segments, size) / 2

@@ -119,7 +119,7 @@ class Transport(ABC):
         """A transport of its own among some of these ranks, of which this is one, for example those of one host.
 
         Every rank of this transport calls it, at the same time and in the same order as the others, with the ranks of
-        the group that it belongs to; groups do not overlap.
+        the group that it belongs to; groups do not overlap. Ranks count in ascending order.
 
         Raises:
             UnsupportedError: the host cannot make groups.

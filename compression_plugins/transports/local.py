@@ -76,8 +76,9 @@ class LocalTransport(Transport):
         return LocalTransport(self.world, self.rank, f"{name}#{use}", root)
 
     def subgroup(self, ranks: Sequence[int]) -> LocalTransport:
-        group = self.world.groups.setdefault(tuple(ranks), LocalWorld(len(ranks)))
-        return group.transports[list(ranks).index(self.rank)]
+        members = sorted(ranks)
+        group = self.world.groups.setdefault(tuple(members), LocalWorld(len(members)))
+        return group.transports[members.index(self.rank)]
 
     def _count(self, nbytes: float) -> None:
         (self._parent or self).sent += nbytes

@@ -43,9 +43,9 @@ class TorchDistributed(Transport):
         return TorchDistributed(self.group, self._parent or self)
 
     def subgroup(self, ranks: Sequence[int]) -> TorchDistributed:
-        places = [[dist.get_global_rank(self.group, rank) for rank in part] for part in self._partition(ranks)]
-        group, _ = dist.new_subgroups_by_enumeration(places)
-        return TorchDistributed(group)
+        members = [dist.get_global_rank(self.group, rank) for rank in sorted(ranks)]
+        # Among themselves: where this is a part of the job, the others do not know of it.
+        return TorchDistributed(dist.new_group(members, use_local_synchronization=True))
 
     def _count(self, nbytes: float) -> None:
         (self._parent or self).sent += nbytes

@@ -130,7 +130,7 @@ def _prediction(e: Experiment, choices: Sequence[Choice], model: str, ranks: int
     return [
         Cell("prediction", host, "*", model, ranks, rate, 0, 0, 0, 0, e.compute_ms.get(model), candidates)
         for host in e.hosts
-        if host != "ddp"
+        if host in ("horovod", "deepspeed")
     ]
 
 

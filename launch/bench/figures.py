@@ -13,7 +13,7 @@ from .analysis import Times, Who, rate_text
 from .settings import bits_per_second
 
 _WIDTH = 6.4
-_HOST_STYLES = {"horovod": "-", "deepspeed": "--", "ddp": ":"}
+_HOST_STYLES = {"horovod": "-", "deepspeed": "--", "ddp": ":", "torchrun": "-."}
 _MARKERS = "osD^vPX*<>"
 #: A scheme looks the same in every picture.
 _ORDER = (

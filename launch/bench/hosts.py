@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from compression_plugins.config import ENVIRONMENT_VARIABLE
 from compression_plugins.engine.telemetry import ENVIRONMENT_VARIABLE as TELEMETRY
 from launch.lab import netlab
 from launch.lab.jobs import Job, Loopback, environment, free_port, tool
@@ -38,7 +39,8 @@ def start(lab: Lab, cell: Cell, choice: Choice, folder: Path, batch: int) -> Job
     Args:
         batch: samples per rank and step, which DeepSpeed's config wants to know.
     """
-    script = ["-m", f"launch.bench.worker_{cell.host}", *_arguments(cell, choice, folder, lab.interface)]
+    worker = "ddp" if cell.host == "torchrun" else cell.host
+    script = ["-m", f"launch.bench.worker_{worker}", *_arguments(cell, choice, folder, lab.interface)]
     log, variables = folder / "log.txt", {**environment(), TELEMETRY: str(folder / "telemetry.jsonl")}
     if cell.host == "horovod":
         flags = ["--compression", choice.source] if choice.source else []
@@ -48,7 +50,9 @@ def start(lab: Lab, cell: Cell, choice: Choice, folder: Path, batch: int) -> Job
         config.write_text(json.dumps(_deepspeed_config(choice, batch), indent=2))
         command = ["--module", *script[1:], "--deepspeed_config", str(config)]
         return lab.deepspeed(command, free_port(), variables, log)
-    return _torchrun(lab, ["--module", *script[1:]], log)
+    if choice.config is not None:
+        variables |= {ENVIRONMENT_VARIABLE: json.dumps(choice.config), "COMPRESSION_PLUGINS_HOST": "ddp"}
+    return _torchrun(lab, ["--module", *script[1:]], variables, log)
 
 
 def _arguments(cell: Cell, choice: Choice, folder: Path, interface: str) -> list[str]:
@@ -72,13 +76,13 @@ def _deepspeed_config(choice: Choice, batch: int) -> dict[str, object]:
     return config
 
 
-def _torchrun(lab: Lab, command: Sequence[str], log: Path) -> Job:
+def _torchrun(lab: Lab, command: Sequence[str], variables: Mapping[str, str], log: Path) -> Job:
     launcher = [tool("torchrun"), "--nnodes", str(lab.hosts if isinstance(lab, NetLab) else 1)]
     if isinstance(lab, Loopback):
         local = ["--nproc_per_node", str(lab.hosts), "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-        return Job([[*launcher, *local, *command]], environment(), log)
+        return Job([[*launcher, *local, *command]], dict(variables), log)
     where = ["--master_addr", lab.addresses[0], "--master_port", "29500"]
     commands = [
         [*launcher, "--nproc_per_node", "1", "--node_rank", str(rank), *where, *command] for rank in range(lab.hosts)
     ]
-    return lab.on_hosts(commands, {"GLOO_SOCKET_IFNAME": lab.interface, **environment()}, log)
+    return lab.on_hosts(commands, {"GLOO_SOCKET_IFNAME": lab.interface, **variables}, log)

@@ -30,7 +30,8 @@ from compression_plugins.config import Config, read_document
 from compression_plugins.errors import ConfigError, nearest
 
 ROOT = Path(__file__).resolve().parents[2]
-HOSTS = ("horovod", "deepspeed", "ddp")
+#: `ddp` is torch with the hooks that it brings, `torchrun` torch with our schemes.
+HOSTS = ("horovod", "deepspeed", "ddp", "torchrun")
 #: What the issue of a comparison is measured against: stock, 16 bits, and the bytes of a compression without its work.
 BASELINES = ("none", "bf16", "fake")
 #: Other people's compression, under the only host that has it.
@@ -115,7 +116,7 @@ class Quality(_Strict):
 class Experiment(_Strict):
     """The whole file; see the module's text for an example."""
 
-    hosts: Annotated[list[Literal["horovod", "deepspeed", "ddp"]], Field(min_length=1)]
+    hosts: Annotated[list[Literal["horovod", "deepspeed", "ddp", "torchrun"]], Field(min_length=1)]
     schemes: list[str]
     models: Annotated[list[Model], Field(min_length=1)]
     ranks: Annotated[list[Annotated[int, Field(ge=2, le=64)]], Field(min_length=1)]
@@ -176,8 +177,10 @@ class Choice:
         return self.label in PEERS
 
     def under(self, host: str) -> bool:
-        """Whether `host` can run it. DDP has no adapter: it runs its own hooks."""
-        return self.label.startswith(f"{host}/") if self.peer else host != "ddp"
+        """Whether `host` can run it. `none` under `torchrun` would be `ddp/none` once more."""
+        if self.peer:
+            return self.label.startswith(f"{host}/")
+        return host != "ddp" and (host != "torchrun" or self.config is not None)
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Experiment, list[Choice]]:

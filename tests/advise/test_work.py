@@ -14,7 +14,8 @@ from compression_plugins.engine.plan import Bucket
 from compression_plugins.schemes import registry
 from compression_plugins.schemes.base import Scheme
 
-SEGMENTS = (Segment("a", 0, 96 * 70, (96, 70)), Segment("b", 0, 5000, (50, 100)))
+SEGMENTS = (Segment("a", 0, 96 * 70, (96, 70), 70), Segment("b", 0, 5000, (50, 100), 100))
+ROWS = 96 + 50
 NUMEL = sum(segment.numel for segment in SEGMENTS)
 
 
@@ -25,7 +26,8 @@ def test_recorded_bytes_are_those_that_wire_bits_states(name: str, size: int) ->
     trace = record(scheme, SEGMENTS, size, 0, "cpu", 0)
     seldom = 1 / getattr(scheme, "flush_steps", math.inf)
     mean = (1 - seldom) * trace.other.sent(size) + seldom * trace.first.sent(size)
-    assert mean == pytest.approx(Bucket(scheme, tuple(SEGMENTS)).wire_bytes(size), rel=1e-9)
+    late = 5e-3 if name == "marsit" else 1e-9  # now and then a scale for each tensor, beside two kinds of steps
+    assert mean == pytest.approx(Bucket(scheme, tuple(SEGMENTS)).wire_bytes(size), rel=late)
 
 
 @pytest.mark.parametrize(("name", "size"), [("powersgd", 2), ("marsit", 4), ("bf16", 24), ("topk", 24)])
@@ -41,15 +43,15 @@ def test_a_profile_sends_what_wire_bits_states_for_any_bucket_and_number_of_rank
 def test_flushes_are_as_frequent_as_the_bytes_say() -> None:
     profile = Profile(registry.get("marsit")(flush_steps=20), largest=1 << 16, steps=1)
     usual, flush = profile.works(Bucket(profile.scheme, SEGMENTS), 4)
-    assert (usual.share, flush.share) == (pytest.approx(0.95), pytest.approx(0.05))
-    assert flush.operations[0].nbytes > 20 * usual.operations[0].nbytes
+    assert (usual.share, flush.share) == (pytest.approx(0.95, rel=1e-2), pytest.approx(0.05, rel=1e-2))
+    assert flush.operations[1].nbytes > 20 * usual.operations[1].nbytes, "behind the marks of zeros"
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("bf16", {}), ("cascading_ssdm", {}), ("marsit", {"form": "torus"})])
 def test_beyond_direct_ranks_operations_are_those_of_a_run_at_the_true_number(name: str, parameters: dict) -> None:
     scheme, size = registry.get(name)(**parameters), 24
     numel = 24 * 512 * 4
-    segments = [Segment("w", 0, numel, (24 * 4, 512))]
+    segments = [Segment("w", 0, numel, (24 * 4, 512), 512)]
     true = record(scheme, segments, size, 0, "cpu", 0).other
     found = Profile(scheme, largest=1 << 16, steps=1).works(Bucket(scheme, tuple(segments)), size)[0]
     assert [(op.kind, op.repeat) for op in found.operations] == [(op.kind, op.repeat) for op in true.operations]
@@ -61,8 +63,9 @@ def test_beyond_direct_ranks_operations_are_those_of_a_run_at_the_true_number(na
 def test_thousands_of_ranks_need_neither_their_memory_nor_their_time() -> None:
     scheme = registry.get("ef_signsgd")()
     [work] = Profile(scheme, largest=1 << 20, steps=1).works(Bucket(scheme, SEGMENTS), 4096)
-    assert [op.kind for op in work.operations] == ["all_gather"]
-    assert work.operations[0].nbytes == scheme.codec.nbytes(NUMEL)
+    marks, signs = work.operations
+    assert marks.kind == signs.kind == "all_gather"
+    assert (marks.nbytes, signs.nbytes) == (4 * -(-ROWS // 32), scheme.codec.nbytes(NUMEL))
 
 
 def test_the_decoder_of_an_all_gather_grows_with_the_ranks_and_the_encoder_does_not(monkeypatch: Any) -> None:

@@ -75,7 +75,7 @@ def test_steps_may_differ_by_rate(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("hosts: [horovd]", "hosts.0: Input should be 'horovod', 'deepspeed' or 'ddp'"),
+        ("hosts: [horovd]", "hosts.0: Input should be 'horovod', 'deepspeed', 'ddp' or 'torchrun'"),
         ("schemes: [scalecmo]", "unknown scheme 'scalecmo'; did you mean 'scalecom'"),
         ("schemes: [ddp/powersg]", "unknown peer 'ddp/powersg'; did you mean 'ddp/powersgd'"),
         ("schemes: [absent.yaml]", "absent.yaml: No such file"),

@@ -174,3 +174,57 @@ def test_the_first_compressed_step_is_a_flush_wherever_the_warm_up_ends() -> Non
         if step <= 3:
             torch.testing.assert_close(result.double(), mean(gradients))
         assert result.all(), "every element moves"
+
+
+# --- eta_s: auto
+
+AUTO = [{"form": "one_hot"}, {"form": "ring"}, {"form": "torus"}]
+
+
+def late(world: World, begin: int, rounds: int) -> list[tuple[Tensor, Tensor]]:
+    """(First tensor of the bucket, second) of every result, where the first has no gradient before round `begin`."""
+    numel, found = world.bucket.segments[0].numel, []
+    for step in range(rounds):
+        gradients = world.gradients(step)
+        for gradient in gradients:
+            if step < begin:
+                gradient[:numel] = 0
+            gradient[numel:] *= 100
+        found.append(world.step(gradients)[0].split([numel, world.bucket.numel - numel]))
+    return found
+
+
+@pytest.mark.parametrize("form", AUTO, ids=lambda form: form["form"])
+@pytest.mark.parametrize(("begin", "known"), [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16)])
+def test_a_tensor_that_was_zero_at_the_flush_gets_its_scale_soon_and_the_others_keep_theirs(
+    form: dict, begin: int, known: int
+) -> None:
+    """At rounds 1, 2, 4 and every eighth: the ranks' mean |p|, memory included."""
+    world = World(config("marsit", flush_steps=100, **form), 3)
+    results = late(world, begin, known + 1)
+    assert not any(early.any() for early, _ in results[:known]), "it has no scale yet"
+    (new, _), (_, flushed) = results[known], results[0]
+    assert (new != 0).all() and new.abs().unique().numel() == 1
+    waited = [sum(world.gradients(step)[rank] for step in range(begin, known + 1)) for rank in range(3)]
+    expected = torch.stack([p[: new.numel()] for p in waited]).abs().mean()
+    torch.testing.assert_close(new.abs().mean(), expected)
+    scales = {float(other.abs().mean()) for _, other in results[1:]}
+    assert len(scales) == 1 and scales.pop() == pytest.approx(
+        float(torch.stack([g[new.numel() :] for g in world.gradients(0)]).abs().mean()) * 100, rel=1e-5
+    )
+    assert flushed.abs().unique().numel() > 1000, "the flush is exact"
+
+
+@pytest.mark.parametrize("form", AUTO, ids=lambda form: form["form"])
+@pytest.mark.parametrize("flush_steps", [2, 3, 6, 9, 18])
+def test_wire_bits_count_the_messages_of_late_scales(form: dict, flush_steps: int) -> None:
+    """A mean of each tensor at rounds 1, 2, 4, 8, 16 after the flush; none where the scale is given."""
+    sent = {}
+    for eta in ("auto", 0.5):
+        world = World(config("marsit", flush_steps=flush_steps, eta_s=eta, **form), 3)
+        for step in range(flush_steps):
+            world.step(world.gradients(step))
+        sent[eta] = sum(transport.sent for transport in world.local.transports) / 3
+        assert sent[eta] / flush_steps == pytest.approx(world.bucket.wire_bytes(3), rel=1e-9)
+    messages = sum(at < flush_steps for at in (1, 2, 4, 8, 16))
+    assert sent["auto"] - sent[0.5] == pytest.approx(messages * 2 * 2 / 3 * 4 * 2)

@@ -41,13 +41,36 @@ def check(transport: Transport, name: str = "contract") -> Generator[Handle, Any
     right, left = (rank + 1) % size, (rank - 1) % size
     assert (yield job.send_recv(mine, to=right, source=left)).tolist() == [left] * 4
 
-    around = (size - 1) / size
+    # What a rank sends need not be as long as what it gets.
+    lengths = [3 * r + (r > 0) for r in range(size)]
+    outgoing = torch.full((lengths[rank],), rank, dtype=torch.uint8)
+    incoming = yield job.send_recv(outgoing, to=right, source=left, receive=lengths[left])
+    assert incoming.tolist() == [left] * lengths[left]
+
+    around, reduced = (size - 1) / size, 0
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for shards in _cuts(size):
+            addend = (torch.arange(sum(shards)) % 7 + rank).to(dtype)  # sums are exact in every dtype
+            kept = addend.clone()
+            mine = yield job.reduce_scatter(addend, shards)
+            start = sum(shards[:rank])
+            expected = torch.arange(start, start + shards[rank]) % 7 * size + sum(range(size))
+            assert mine.dtype == dtype and mine.tolist() == expected.tolist(), (dtype, shards)
+            assert torch.equal(addend, kept), "the input is not modified"
+            reduced += (sum(shards) - shards[rank]) * dtype.itemsize
+
     expected = (
         2 * around * (20 + 12)
         + (size - 1) * (2 + LONG)
         + (sum(send) - send[rank])
         + around * 4
-        + (4 if size > 1 else 0)
+        + (4 + lengths[rank] if size > 1 else 0)
+        + reduced
     )
     assert abs(transport.sent - before - expected) < 1e-6, "sent counts what a ring would send"
     return total
+
+
+def _cuts(size: int) -> list[list[int]]:
+    """Shards that are even, uneven, empty at one rank, and empty at all but one."""
+    return [[5] * size, [2 * r + 1 for r in range(size)], [r * 3 for r in range(size)], [0] * (size - 1) + [4]]

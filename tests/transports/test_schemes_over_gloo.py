@@ -25,7 +25,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ssdm": ("ssdm", {}),
     "cascading_ssdm": ("cascading_ssdm", {}),
 }
-FRESH = {"version": 1, "step": 1, "size": SIZE, "residuals": {}, "tensors": {}}
+FRESH = {"version": 2, "step": 1, "size": SIZE, "vectors": {}, "tensors": {}}
 
 
 def _rank(rank: int, rendezvous: str, out: str) -> None:

@@ -36,6 +36,7 @@ from .model import hook_of, image, refuse, sparse
 
 _DROPS = 20  # reductions thrown away before any optimizer has stepped, until somebody is told
 _MICRO = 1 << 20  # more reductions than a step has
+_ABSENT = "compression-plugins is not installed there, it was not given this configuration"
 
 _compressed: weakref.WeakKeyDictionary[Any, Compression] = weakref.WeakKeyDictionary()
 _watching: list[Any] = []
@@ -143,7 +144,7 @@ class Compression:
     def _open(self) -> Fillings:
         session = self.session
         facts = {**session.facts(), "torch": torch.__version__, "tensors": session.tensors()}
-        handshake(_get_default_store(), session.name, self._rank, self._size, facts, host="DDP compression")
+        handshake(_get_default_store(), "DDP", session.name, self._rank, self._size, facts, _ABSENT)
         session.start(TorchDistributed(self._group))
         if self._loaded:
             session.reducer.load_state_dict(self._loaded)

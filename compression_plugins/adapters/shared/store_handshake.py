@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from datetime import timedelta
+import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from ...errors import MismatchError
@@ -16,6 +17,9 @@ from .differences import TIMEOUT_VARIABLE, differences
 
 #: Seconds to wait for the slowest rank; the environment variable `TIMEOUT_VARIABLE` overrides it.
 DEFAULT_TIMEOUT = 60.0
+_POLL_S = 0.02
+#: Seconds that rank 0 stays, so that the others can read a bad verdict before the store may go with it.
+_FAREWELL_S = 10.0
 
 
 class Store(Protocol):
@@ -23,17 +27,18 @@ class Store(Protocol):
 
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
-    def wait(self, keys: list[str], timeout: timedelta) -> None: ...
+    def check(self, keys: list[str]) -> bool: ...
 
 
 def handshake(
     store: Store,
-    key: str,
+    host: str,
+    name: str,
     rank: int,
     size: int,
     facts: dict[str, Any],
+    absent: str = "compression-plugins is not installed there",
     timeout: float | None = None,
-    host: str = "communication_compression",
 ) -> None:
     """Return on every rank when all `size` ranks state equal `facts`; raise on every rank otherwise.
 
@@ -41,48 +46,117 @@ def handshake(
 
     Args:
         store: shared by all ranks.
-        key: unique to this handshake and equal on all ranks.
+        host: as messages begin.
+        name: of the session, unique in the process and the same on all ranks that do the same (`Session.name`). A rank
+            that waits under another name is found out, and told.
         facts: JSON-able; a nested mapping is compared key by key.
+        absent: what may be wrong on a rank that does not answer.
         timeout: seconds; default `COMPRESSION_PLUGINS_HANDSHAKE_TIMEOUT` or 60.
-        host: how messages begin.
 
     Raises:
         MismatchError: names the first rank that differs and in what, or the rank that did not answer.
     """
-    seconds = float(os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT)) if timeout is None else timeout
-    store.set(f"{key}/{rank}", json.dumps(facts, sort_keys=True))
-    if rank == 0:
-        verdict = _compare(store, key, size, facts, seconds)
-        store.set(f"{key}/verdict", verdict)
-    else:
-        try:
-            _read(store, f"{key}/0", seconds, 0)  # rank 0 itself may lack the plugin
-            verdict = _read(store, f"{key}/verdict", seconds + 10.0, 0)  # it waits `seconds` for the others
-        except MismatchError as error:
-            raise MismatchError(f"{host}: {error}") from error
+    meeting = _Meeting(store, host, _seconds(timeout), absent)
+    store.set(f"{name}/{rank}", json.dumps(facts, sort_keys=True))
+    store.set(meeting.place(rank), name)
+    verdict = meeting.judge(name, size, facts) if rank == 0 else meeting.verdict(name, rank)
     if verdict:
-        raise MismatchError(f"{host}: {verdict}")
+        raise MismatchError(f"{host} compression: {verdict}")
 
 
-def _compare(store: Store, key: str, size: int, facts: dict[str, Any], seconds: float) -> str:
-    for other in range(1, size):
-        try:
-            theirs = json.loads(_read(store, f"{key}/{other}", seconds, other))
-        except MismatchError as error:
-            return str(error)
-        difference = differences(facts, theirs)
-        if difference:
-            return f"rank {other} differs from rank 0 in {'; '.join(difference)}. Give every rank the same files"
-    return ""
+def meet(store: Store, host: str, key: str, rank: int, size: int, why: str, timeout: float | None = None) -> None:
+    """Return when all `size` ranks have called this with the same `key`, which is used once.
+
+    Args:
+        why: what they are about to do together, and what to do where one cannot.
+
+    Raises:
+        MismatchError: a rank did not come within `timeout` seconds.
+    """
+    seconds = _seconds(timeout)
+    store.set(f"{key}/{rank}", "")
+    for other in range(size):
+        if not _until(lambda other=other: store.check([f"{key}/{other}"]), seconds):  # type: ignore[misc]
+            raise MismatchError(f"{host} compression: rank {other} did not come within {seconds:g} s. {why}")
 
 
-def _read(store: Store, key: str, seconds: float, rank: int) -> str:
-    try:
-        store.wait([key], timedelta(seconds=seconds))
-    except Exception as error:  # torch raises DistStoreError, RuntimeError or a C++ time-out, depending on the store
-        raise MismatchError(
-            f"rank {rank} did not answer within {seconds:g} s. Either compression-plugins is not installed there, "
-            "it was not given this configuration, or it crashed: look at its log "
-            f"({TIMEOUT_VARIABLE} sets the time-out)"
-        ) from error
-    return store.get(key).decode()
+class _Meeting:
+    """One handshake as a rank sees it."""
+
+    def __init__(self, store: Store, host: str, seconds: float, absent: str) -> None:
+        self._store, self._host, self._seconds, self._absent = store, host, seconds, absent
+
+    def place(self, rank: int) -> str:
+        """The key under which a rank says where it waits."""
+        return f"compression_plugins/{self._host}/place/{rank}"
+
+    def judge(self, name: str, size: int, facts: dict[str, Any]) -> str:
+        """Rank 0: compare, publish, and after a bad verdict wait until those who can read it have."""
+        verdict, places = "", {}
+        for other in range(1, size):
+            if not _until(lambda other=other: self._found(other, name), self._seconds):  # type: ignore[misc]
+                verdict = self._silent(other)
+                break
+            places[other] = name if self._store.check([f"{name}/{other}"]) else self._where(other)
+            theirs = json.loads(self._store.get(f"{places[other]}/{other}"))
+            difference = differences(facts, theirs)
+            if difference or places[other] != name:
+                listed = "; ".join(difference) or "the number of equal models that it has made"
+                verdict = f"rank {other} differs from rank 0 in {listed}. Give every rank the same files"
+                break
+        if not verdict:
+            self._store.set(f"{name}/verdict", "")
+            return ""
+        for other in range(1, size):
+            places.setdefault(other, self._where(other) if self._store.check([self.place(other)]) else name)
+        for place in {name, *places.values()}:
+            if not self._store.check([f"{place}/verdict"]):
+                self._store.set(f"{place}/verdict", verdict)
+        read = [f"{place}/{other}/read" for other, place in places.items() if self._store.check([f"{place}/{other}"])]
+        if read:
+            _until(lambda: self._store.check(read), _FAREWELL_S)
+        return verdict
+
+    def verdict(self, name: str, rank: int) -> str:
+        """Another rank: what rank 0 says."""
+        key = f"{name}/verdict"
+        # Rank 0 itself may lack the plugin; if it does not, it waits for the others first.
+        if not _until(lambda: self._store.check([key]) or self._store.check([self.place(0)]), self._seconds):
+            return self._silent(0)
+        if not _until(lambda: self._store.check([key]), self._seconds + _FAREWELL_S):
+            return self._silent(0)
+        verdict = self._store.get(key).decode()
+        self._store.set(f"{name}/{rank}/read", "")
+        return verdict
+
+    def _found(self, other: int, name: str) -> bool:
+        """Whether rank `other` waits, here or in a meeting that nobody has judged."""
+        if self._store.check([f"{name}/{other}"]):
+            return True
+        if not self._store.check([self.place(other)]):
+            return False
+        place = self._where(other)
+        return place != name and not self._store.check([f"{place}/verdict"])
+
+    def _where(self, other: int) -> str:
+        return self._store.get(self.place(other)).decode()
+
+    def _silent(self, rank: int) -> str:
+        return (
+            f"rank {rank} did not answer within {self._seconds:g} s. Either {self._absent}, or it crashed: "
+            f"look at its log ({TIMEOUT_VARIABLE} sets the time-out)"
+        )
+
+
+def _seconds(timeout: float | None) -> float:
+    return float(os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT)) if timeout is None else timeout
+
+
+def _until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether `condition` came true in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(_POLL_S)
+    return True

@@ -27,7 +27,7 @@ def case(config: dict, **more) -> dict:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Uninterrupted runs, which save on the way; in new processes their continuations; and one on a single rank."""
+    """Uninterrupted runs, which save on the way; in new processes their continuations; and one on three ranks."""
     folder = tmp_path_factory.mktemp("checkpoint")
     whole = {name: case(config, save=name, save_step=SAVED) for name, config in CONFIGS.items()}
     resumed = {name: case(config, load=name) for name, config in CONFIGS.items()}
@@ -37,7 +37,7 @@ def runs(tmp_path_factory):
     first = run_cases(folder, whole)
     files = sorted(p.name for p in (folder / "checkpoints" / name).glob("communication_compression*"))
     second = run_cases(folder, resumed)
-    alone = run_cases(folder, {name: {**case(CONFIGS[name], load=name), "steps": SAVED}}, ranks=1)
+    alone = run_cases(folder, {name: {**case(CONFIGS[name], load=name), "steps": SAVED}}, ranks=3)
     saved = [torch.load(folder / "checkpoints" / name / file, weights_only=True) for file in files]
     return first, second, alone, files, saved
 
@@ -54,16 +54,16 @@ def test_resuming_continues_bit_for_bit(runs, name):
 def test_each_rank_writes_its_own_file_beside_deepspeeds(runs):
     _, _, _, files, saved = runs
     assert files == [f"communication_compression_rank_0000{rank}_of_00002.pt" for rank in range(2)]
-    one, other = (document["reducer"]["residuals"]["first.weight"][0] for document in saved)
+    one, other = (document["state"]["vectors"]["residual"]["first.weight"][0] for document in saved)
     assert not torch.equal(one, other)
 
 
 def test_on_another_number_of_ranks_the_mean_residual_is_conserved(runs):
     _, _, alone, _, saved = runs
     residuals = alone["stage 0, scalecom"][0]["residuals"]
-    assert residuals.keys() == saved[0]["reducer"]["residuals"].keys()
+    assert residuals.keys() == saved[0]["state"]["vectors"]["residual"].keys()
     for name, pieces in residuals.items():
-        mean = sum(document["reducer"]["residuals"][name][0] for document in saved) / 2
+        mean = sum(document["state"]["vectors"]["residual"][name][0] for document in saved) / 2
         torch.testing.assert_close(pieces[0], mean, rtol=0, atol=1e-7)
 
 

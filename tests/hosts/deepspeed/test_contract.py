@@ -28,7 +28,13 @@ SIGNATURES = {
     TorchBackend.all_reduce: "self tensor op group async_op",
     TorchBackend.reduce: "self tensor dst op group async_op",
     TorchBackend.all_gather_into_tensor: "self output_tensor input_tensor group async_op",
-    DeepSpeedEngine.allreduce_bucket: "self bucket dp_group dp_world_size",
+    DeepSpeedEngine.buffered_allreduce_fallback: "self grads elements_per_buffer",
+    DeepSpeedEngine._get_gradients_for_reduction: "self",
+    DeepSpeedEngine._backward_prologue: "self",
+    DeepSpeedEngine._backward_epilogue: "self",
+    DeepSpeedEngine.zero_grad: "self",
+    DeepSpeedZeroOptimizer.reduce_ipg_grads: "self comm_dtype",
+    DeepSpeedZeroOptimizer.get_gradient_for_reduction: "self param",
     DeepSpeedEngine._take_model_step: "self lr_kwargs",
     DeepSpeedEngine._save_checkpoint: "self save_dir tag",
     DeepSpeedEngine._load_checkpoint: "self load_dir tag",
@@ -41,13 +47,23 @@ SIGNATURES = {
 
 #: Function -> patterns that its source must contain: what happens inside a scope, and in which order.
 SOURCES = {
-    DeepSpeedEngine.allreduce_bucket: [
-        r"self\.flatten\(bucket\)",
+    DeepSpeedEngine.allreduce_bucket: [  # what our mean over ranks stands for
         r"mul_\(1\.0 / self\.gradient_predivide_factor\(\)\)\s+dist\.all_reduce\(tensor_to_allreduce, group=dp_group\)",
         r"mul_\(1\. / dp_world_size\)\s+dist\.all_reduce\(tensor_to_allreduce, group=dp_group\)",
     ],
-    DeepSpeedEngine.allreduce_no_retain: [r"self\.allreduce_and_copy\("],
-    DeepSpeedEngine.allreduce_and_copy: [r"self\.allreduce_bucket\("],
+    DeepSpeedEngine.allreduce_gradients: [
+        r"self\.buffered_allreduce_fallback\(grads=grads, elements_per_buffer=bucket_size\)",
+        r"self\.optimizer\.overlapping_partition_gradients_reduce_epilogue\(\)",
+    ],
+    DeepSpeedEngine._get_gradients_for_reduction: [r"param\.grad = torch\.zeros\("],
+    DeepSpeedEngine._backward_post_hook: [r"self\._backward_epilogue\(\)"],
+    DeepSpeedZeroOptimizer.independent_gradient_partition_epilogue: [
+        # results that are written after this call are in time
+        r"(?s)self\.reduce_ipg_grads\(\).*self\.get_all_grad_tensors\(.*self\.get_flat_partition\(",
+    ],
+    DeepSpeedZeroOptimizer.reduce_ipg_grads: [
+        r"self\.is_param_in_current_partition\[param_id\]:\s+self\.copy_grads_in_partition\(param, group_idx\)",
+    ],
     DeepSpeedEngine.save_checkpoint: [r"(?s)self\._save_checkpoint\(.*'latest'"],
     DeepSpeedEngine.load_checkpoint: [
         r"(?s)self\._load_checkpoint\(.*load_optimizer_states=load_optimizer_states.*load_module_only=load_module_only",

@@ -36,7 +36,9 @@ REFUSALS = {
     "enabled": ("ConfigError", "enabled", "true or false"),
     "no rule matches": ("ConfigError", "'x*'", "matches none"),
     "another ratio": ("MismatchError", "rank 1 differs from rank 0", "config.ratio (10.0 on rank 0, 11.0 there)"),
-    "another model": ("MismatchError", "rank 1 differs from rank 0", "plan"),
+    "another model": ("MismatchError", "rank 1 differs from rank 0", "tensors.weight"),
+    "other buffers": ("MismatchError", "rank 1 differs from rank 0", "zero_optimization.reduce_bucket_size"),
+    "other clipping": ("MismatchError", "rank 1 differs from rank 0", "gradient_clipping (0.0 on rank 0, 0.5 there)"),
 }
 
 

@@ -141,8 +141,11 @@ def test_double_quantization_computes_with_quantized_weights_and_steps_exact_one
     assert torch.equal(plain["weights"], exact["weights"])  # an error of nothing allowed: the weights themselves
     double = training[f"double {stage}"][0]
     assert double["losses"][-1] < double["losses"][0]
-    # Steps 0 and 4 are snapshots, so the last step left quantized weights: the embedding takes 8-bit values.
     embedding, master = double["weights"][: 64 * 48], double["master"][: 64 * 48]
+    if stage == 0:  # every rank holds all exact weights, and shows them outside forward and backward
+        assert torch.equal(embedding, master)
+        return
+    # Steps 0 and 4 are snapshots, so the last step left quantized weights: the embedding takes 8-bit values.
     assert embedding.unique().numel() <= 255 < master.unique().numel()
     assert (embedding - master).abs().max() <= master.abs().max() / 127
 
@@ -157,4 +160,4 @@ def test_warm_up_none_and_disabled_are_deepspeeds_own_all_reduce(training):
     for name in ("warm-up", "none", "disabled"):
         assert torch.equal(training[name][0]["weights"], training["dense"][0]["weights"]), name
     assert not training["disabled"][0]["compressed"]
-    assert training["warm-up"][0]["sent"] == 0
+    assert training["warm-up"][0]["sent"] == training["warm-up"][0]["dense"]

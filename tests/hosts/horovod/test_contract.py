@@ -41,6 +41,7 @@ EXPECTED: dict[str, Any] = {
     "alltoall_returns_the_splits_that_came": [[0, 1, 2], [3]],
     "init_makes_a_new_handle_map": [True, True],
     "process_sets_count_their_own_ranks": [0, [0], 0, 1, True],
+    "groups_of_ranks_need_dynamic_process_sets": [True],
     "join_is_looked_up_in_the_package": [True, True],
     "elastic_registry": [True] * 5,
     "launcher_builds_its_parser_from_the_modules_argparse": [[None], True, ["true"]],

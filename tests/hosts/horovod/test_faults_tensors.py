@@ -212,7 +212,7 @@ def one(horovodrun: Callable[..., Any]) -> Ranks:
 
 
 def test_a_rank_may_construct_an_optimizer_that_others_do_not(horovodrun: Callable[..., Any]) -> None:
-    ranks = horovodrun(script="faults_start.py", timeout=40, **FAST).results
+    ranks = horovodrun(script="faults_start.py", timeout=120, **FAST).results
     distance, identical = same(ranks, "a_rank_may_construct_an_optimizer_more")
     assert distance <= 1e-6 and identical
 

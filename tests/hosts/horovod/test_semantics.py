@@ -15,7 +15,7 @@ def two(horovodrun: Callable[..., Any]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def three(horovodrun: Callable[..., Any]) -> list[dict[str, Any]]:
-    return horovodrun(script="process_sets.py", np=3, timeout=280).results
+    return horovodrun(script="process_sets.py", np=3, timeout=280, HOROVOD_DYNAMIC_PROCESS_SETS="1").results
 
 
 def same(ranks: list[dict[str, Any]], name: str) -> Any:
@@ -152,6 +152,9 @@ def test_ranks_that_leave_early_join_a_sum_and_count_its_steps(three: list[dict[
 
 def test_the_transport_keeps_its_contract(three: list[dict[str, Any]]) -> None:
     found = same(three, "transport_contract")
-    assert len(found) == 9 and all(found.values()), found
+    assert len(found) == 11 and all(found.values()), found
     inside = [rank["transport_contract_in_a_process_set"] for rank in three]
     assert inside == [found, None, found], inside
+    groups = [rank["transport_contract_in_a_group"] for rank in three]
+    assert [group.pop("place") for group in groups] == [[0, 2], [1, 2], [0, 1]]
+    assert groups == [found] * 3, groups

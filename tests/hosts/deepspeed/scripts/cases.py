@@ -35,9 +35,9 @@ class Network(torch.nn.Module):
 
 def master(network: torch.nn.Module, session) -> torch.Tensor:
     """The weights that the optimizer holds, where they are not those of the network."""
-    if session.weights is None:
+    if not session.common.hooks:
         return torch.empty(0)
-    with session.weights.exact():
+    with session.exact():
         return torch.cat([p.detach().float().view(-1) for p in network.parameters()])
 
 
@@ -82,10 +82,11 @@ def train(case: dict) -> dict:
         "compressed": session is not None,
     }
     if session is not None:
-        residuals = session.reducer.state_dict()["residuals"]
+        residuals = session.reducer.state_dict()["vectors"].get("residual", {})
         report |= {
             "sent": session.reducer.transport.sent,
-            "dense": session.gradient_bytes,
+            "dense": case["steps"] * sum(bucket.dense_bytes(dist.get_world_size()) for bucket in session.plan.buckets),
+            "planned": sum(bucket.wire_bytes(dist.get_world_size()) for bucket in session.plan.buckets),
             "step": session.reducer.step,
             "residuals": residuals,
             "master": master(network, session),

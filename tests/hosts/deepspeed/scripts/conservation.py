@@ -64,7 +64,7 @@ def violation(stage: int, block: dict) -> float:
         came_in += mine / dist.get_world_size()
     applied = (start - flat(net.parameters())) / LEARNING_RATE
     remembered = {n: torch.zeros(p.numel()) for n, p in net.named_parameters()}
-    for name, pieces in engine.communication_compression.reducer.state_dict()["residuals"].items():
+    for name, pieces in engine.communication_compression.state_dict()["vectors"]["residual"].items():
         for offset, piece in pieces.items():
             remembered[name][offset : offset + piece.numel()] = piece
     owed = flat(remembered.values())

@@ -46,6 +46,8 @@ def cases() -> dict[str, tuple[dict, torch.nn.Module | None]]:
         ),
         "another ratio": ({"communication_compression": {**TOPK, "ratio": 10 + rank}}, None),
         "another model": ({}, torch.nn.Linear(32, 32 + rank)),
+        "other buffers": (zero(stage=2, reduce_bucket_size=10_000 + rank), None),
+        "other clipping": ({"gradient_clipping": 0.5 * rank}, None),
     }
 
 
@@ -60,7 +62,8 @@ def error_of(config: dict, model: torch.nn.Module | None) -> str:
         **config,
     }
     try:
-        deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+        engine.backward(engine(torch.ones(4, 64)).mean())
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "no error"

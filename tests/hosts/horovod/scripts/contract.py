@@ -139,6 +139,18 @@ def process_sets_count_their_own_ranks() -> list:
 
 
 @check
+def groups_of_ranks_need_dynamic_process_sets() -> list[bool]:
+    from compression_plugins.errors import UnsupportedError
+    from compression_plugins.transports.horovod import HorovodTransport
+
+    try:
+        HorovodTransport("groups").subgroup([0])
+    except UnsupportedError as error:
+        return ["HOROVOD_DYNAMIC_PROCESS_SETS=1" in str(error)]
+    return []
+
+
+@check
 def join_is_looked_up_in_the_package() -> list[bool]:
     return [hvd.join is mpi_ops.join, names(mpi_ops.join) == ["device"]]
 

@@ -83,14 +83,17 @@ def ranks_that_leave_early_join_a_sum() -> list[int]:
     return [opt._compression_session.reducer.step]
 
 
-def transport_results(process_set: hvd.ProcessSet) -> dict[str, object]:
-    transport = HorovodTransport("contract", process_set)
+def transport_results(transport: HorovodTransport) -> dict[str, object]:
     rank, size = transport.rank, transport.size
     nxt, before = (rank + 1) % size, (rank - 1) % size
     mine = torch.arange(5, dtype=torch.float32) + 10 * rank
     kept = mine.clone()
     scope = transport.scoped("a")
     send, receive = [rank + to for to in range(size)], [rank + source for source in range(size)]
+    cuts = [[2 * r + 1 for r in range(size)], [3 * r for r in range(size)]]  # uneven; and the first has nothing
+    addends = [
+        ((torch.arange(sum(cut)) % 7 + rank).to(dtype), cut) for dtype in (torch.float32, torch.float64) for cut in cuts
+    ]
     handles = {
         "sum": scope.all_reduce(mine),
         "votes": scope.all_reduce(torch.full((6,), rank, dtype=torch.int32)),
@@ -100,10 +103,19 @@ def transport_results(process_set: hvd.ProcessSet) -> dict[str, object]:
         "ring": scope.send_recv(torch.full((4,), rank, dtype=torch.uint8), nxt, before),
         "other": transport.scoped("b").all_reduce(mine),
         "empty": scope.all_gather(torch.empty(0, dtype=torch.uint8)),
+        "lengths": scope.send_recv(torch.full((3 * rank,), rank, dtype=torch.uint8), nxt, before, 3 * before),
+        **{f"shards {i}": scope.reduce_scatter(x, cut) for i, (x, cut) in enumerate(addends)},
     }
     out = {name: handle.wait() for name, handle in reversed(handles.items())}
-    sums, gathered, sent_on = 20 + 24 + 20, 3, 4 * (sum(send) - send[rank])
-    sent = (size - 1) * (2 * sums / size + gathered + 20 / size) + sent_on + 4
+    starts = [sum(cut[:rank]) for _, cut in addends]
+    sums_of_shards = [
+        ((torch.arange(start, start + cut[rank]) % 7) * size + sum(range(size))).to(x.dtype)
+        for start, (x, cut) in zip(starts, addends)
+    ]
+    scattered = sum((len(x) - cut[rank]) * x.element_size() for x, cut in addends)
+    sums, gathered, sent_on = 20 + 24 + 20, 3, 4 * (sum(send) - send[rank]) + scattered
+    sent_on += 4 + 3 * rank if size > 1 else 0
+    sent = (size - 1) * (2 * sums / size + gathered + 20 / size) + sent_on
     everyone = [torch.arange(5.0) + 10 * r for r in range(size)]
     return {
         "sum": torch.equal(out["sum"], sum(everyone)) and torch.equal(out["other"], sum(everyone)),
@@ -113,6 +125,8 @@ def transport_results(process_set: hvd.ProcessSet) -> dict[str, object]:
         "root": torch.equal(out["root"], everyone[size - 1]),
         "ring": out["ring"].tolist() == [before] * 4,
         "empty": list(out["empty"].shape) == [size, 0],
+        "lengths": out["lengths"].tolist() == [before] * 3 * before,
+        "shards": all(torch.equal(out[f"shards {i}"], x) for i, x in enumerate(sums_of_shards)),
         "input is left alone": torch.equal(mine, kept),
         "sent": abs(transport.sent - sent) < 1e-9,
     }
@@ -120,12 +134,19 @@ def transport_results(process_set: hvd.ProcessSet) -> dict[str, object]:
 
 @check
 def transport_contract() -> dict[str, object]:
-    return transport_results(hvd.global_process_set)
+    return transport_results(HorovodTransport("contract"))
 
 
 @check
 def transport_contract_in_a_process_set() -> dict[str, object] | None:
-    return transport_results(PAIR) if PAIR.included() else None
+    return transport_results(HorovodTransport("contract", PAIR)) if PAIR.included() else None
+
+
+@check
+def transport_contract_in_a_group() -> dict[str, object]:
+    """The first two ranks, and the last one alone."""
+    transport = HorovodTransport("groups").subgroup([2] if R == 2 else [1, 0])
+    return {"place": [transport.rank, transport.size], **transport_results(transport)}
 
 
 hvd.barrier()  # a rank that ends shuts Horovod down for all, and rank 1 has less to do

@@ -1,0 +1,136 @@
+"""The block `communication_compression` of a DeepSpeed config, and what it rules out.
+
+"communication_compression": {"scheme": "scalecom", "ratio": 100}        # the keys of our YAML, inline
+"communication_compression": {"file": "configs/scalecom.yaml"}           # or a file, or the name of a scheme
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...config import Config, read_document
+from ...errors import ConfigError, UnsupportedError
+
+BLOCK = "communication_compression"
+
+
+def parse(block: Any) -> Config | None:
+    """The configuration in a block; None when it says `"enabled": false`.
+
+    Raises:
+        ConfigError: anything in it is unknown.
+    """
+    if not isinstance(block, Mapping):
+        raise ConfigError(
+            f'{BLOCK} must be a mapping such as {{"scheme": "scalecom"}} or {{"file": "scalecom.yaml"}}, not {block!r}'
+        )
+    document = dict(block)
+    enabled = document.pop("enabled", True)
+    if not isinstance(enabled, bool):
+        raise ConfigError(f"{BLOCK}: enabled must be true or false, not {enabled!r}")
+    file = document.pop("file", None)
+    if file is not None and not isinstance(file, str):
+        raise ConfigError(f"{BLOCK}: file must be a path or the name of a scheme, not {file!r}")
+    config = Config.load(document) if file is None else Config.load(file, document)
+    return config if enabled else None
+
+
+def wrap_loader(module: Any) -> None:
+    """Let `module.load_ds_config` read YAML, too."""
+    original = module.load_ds_config
+
+    @functools.wraps(original)
+    def load_ds_config(config: Any) -> dict[str, Any]:
+        return read_document(config) if _is_yaml(config) else original(config)
+
+    module.load_ds_config = load_ds_config
+
+
+def wrap_config(cls: Any) -> None:
+    """Let `DeepSpeedConfig` read the block; the result is its attribute `communication_compression`, or None."""
+    original = cls.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, read_document(config) if _is_yaml(config) else config, *args, **kwargs)
+        block = self._param_dict.get(BLOCK)
+        self.communication_compression = None if block is None else parse(block)
+        self.communication_compression_widened = False
+        if self.communication_compression is None:
+            return
+        _refuse_config(self)
+        if self.communication_data_type is None and self.grad_accum_dtype == "fp32" and self.world_size > 1:
+            # DeepSpeed would round accumulated fp32 gradients to the model's dtype for the wire. Compressed, they cost
+            # the same there in either dtype, and error feedback cannot see a rounding that happens before it.
+            import torch
+
+            self.communication_data_type = torch.float32
+            self.communication_compression_widened = True
+
+    cls.__init__ = __init__
+
+
+def wire_dtype(engine: Any) -> Any:
+    """The dtype in which DeepSpeed by itself would send gradients; what is not compressed travels in it."""
+    import torch
+
+    config = engine._config
+    if config.communication_data_type is not None and not config.communication_compression_widened:
+        return config.communication_data_type
+    if engine.fp16_enabled():
+        return torch.float16
+    return torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
+
+
+def refuse_engine(engine: Any) -> None:
+    """Raise `UnsupportedError` for what only the built engine shows."""
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+
+    module, optimizer = engine.module, engine.optimizer
+    sparse = [name for name, m in module.named_modules() if getattr(m, "sparse", False) and hasattr(m, "embedding_dim")]
+    model_parallel = engine.mp_world_size > 1 or engine.sequence_parallel_size > 1 or engine.autotp_size() > 1
+    scaled = engine.fp16_enabled() and not isinstance(optimizer, ZeROOptimizer)
+    refuse((
+        (engine.pipeline_parallelism, "the pipeline engine is not supported yet", "pass a plain module instead"),
+        (engine.has_moe_layers, "mixture-of-experts layers are not supported yet", "train without DeepSpeed MoE"),
+        (model_parallel, "tensor and sequence parallelism are not supported yet", "use data parallelism only"),
+        (sparse, f"{', '.join(sparse)} makes sparse gradients", "build the embedding with sparse=False"),
+        (optimizer is None, "there is no optimizer, so nothing is reduced", "give deepspeed.initialize an optimizer"),
+        (
+            scaled and (engine.dynamic_loss_scale() or engine.loss_scale() != 1),
+            "DeepSpeed divides fp16 gradients by the loss scale at ZeRO stage 0 but does not multiply the loss by it",
+            "use bf16, or ZeRO stage 1 or 2",
+        ),
+    ))  # fmt: skip
+
+
+def refuse(refusals: Sequence[tuple[Any, str, str]]) -> None:
+    """Raise `UnsupportedError` for the first (present, reason, remedy) that is present."""
+    for present, reason, remedy in refusals:
+        if present:
+            raise UnsupportedError(f"{BLOCK}: {reason}; {remedy}, or remove the block")
+
+
+def _refuse_config(config: Any) -> None:
+    """Raise `UnsupportedError` for what the config alone rules out."""
+    zero = config.zero_config
+    offload = zero.offload_optimizer
+    refuse((
+        (zero.stage == 3, "ZeRO stage 3 is not supported yet", "set zero_optimization.stage to 0, 1 or 2"),
+        (zero.zero_quantized_gradients, "ZeRO++ compresses gradients itself", "remove zero_quantized_gradients"),
+        (zero.zenflow, "ZenFlow reduces gradients on a path of its own", "remove zero_optimization.zenflow"),
+        (getattr(offload, "super_offload", False), "SuperOffload is not supported", "set super_offload to false"),
+        (config.compile_config.deepcompile, "DeepCompile calls NCCL from C++", "set compile.deepcompile to false"),
+        (
+            config.torch_autocast_enabled and str(config.torch_autocast_dtype) == "torch.float16",
+            "torch_autocast with float16 scales the loss where DeepSpeed does not say so",
+            "use bfloat16, or the fp16 block with ZeRO stage 1 or 2",
+        ),
+    ))  # fmt: skip
+
+
+def _is_yaml(config: Any) -> bool:
+    return isinstance(config, (str, Path)) and str(config).lower().endswith((".yaml", ".yml"))
