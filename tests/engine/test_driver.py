@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compression_plugins.collectives import payloads
-from compression_plugins.engine.driver import Engine, Work
+from compression_plugins.engine.driver import Engine
 from compression_plugins.engine.plan import Plan, TensorSpec, make_plan
 from compression_plugins.engine.reducer import Reducer
 from compression_plugins.errors import CompressionError
