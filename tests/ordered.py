@@ -1,4 +1,4 @@
-"""Ranks as threads of one process, over a transport that pairs operations by the order in which ranks issue them."""
+"""Ranks as threads of one process, which wait for each other, over a transport that pairs operations by their order."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ class OrderedWorld(LocalWorld):
 
     Args:
         seed: of the answers of `poll`, which are random and differ between ranks; None: what is so.
+        ordered: False: operations find each other by name, as Horovod's do.
     """
 
-    def __init__(self, size: int, seed: int | None = None) -> None:
+    def __init__(self, size: int, seed: int | None = None, ordered: bool = True) -> None:
         super().__init__(size)
+        self.ordered = ordered
         self.lock = threading.Condition()
         self.failure: BaseException | None = None
         self.issued: list[list[tuple[Any, ...]]] = [[] for _ in range(size)]
@@ -59,9 +61,8 @@ class OrderedWorld(LocalWorld):
 
 
 class OrderedTransport(LocalTransport):
-    """One rank of it; a scope names its operations and pairs none."""
+    """One rank of it."""
 
-    ordered = True
     world: OrderedWorld
 
     def __init__(
@@ -73,26 +74,28 @@ class OrderedTransport(LocalTransport):
         parent: OrderedTransport | None = None,
     ) -> None:
         super().__init__(world, rank, name, parent)
-        self._answers = answers
+        self._answers, self.ordered = answers, world.ordered
 
     def scoped(self, name: str) -> OrderedTransport:
         root: Any = self._parent or self
-        return OrderedTransport(self.world, self.rank, self._answers, name, root)
+        use = root._scopes[name] = root._scopes.get(name, 0) + 1
+        return OrderedTransport(self.world, self.rank, self._answers, f"{name}#{use}", root)
 
     def _post(self, kind: str, x: Tensor, argument: object = None) -> _OrderedHandle:  # type: ignore[override]
         world, operation = self.world, (self._name, kind, x.numel(), str(x.dtype))
         with world.lock:
-            mine = world.issued[self.rank]
-            place = len(mine)
-            mine.append(operation)
-            for rank, issued in enumerate(world.issued):
-                if len(issued) > place and kind != "all_to_all" and issued[place] != operation:
-                    raise Disorder(f"operation {place}: rank {self.rank} {operation}, rank {rank} {issued[place]}")
-                if len(issued) > place and issued[place][:2] != operation[:2]:
-                    raise Disorder(f"operation {place}: {operation}, {issued[place]}")
-            world.post(("", place), self.rank, kind, x.clone(), argument)
+            key = (self._name, self._calls)
+            self._calls += 1
+            if world.ordered:
+                key = ("", len(world.issued[self.rank]))
+                others = [issued[key[1]] for issued in world.issued if len(issued) > key[1]]
+                same = 2 if kind == "all_to_all" else 4  # whose lengths are each rank's own
+                if any(other[:same] != operation[:same] for other in others):
+                    raise Disorder(f"operation {key[1]}: rank {self.rank} {operation}, others {others}")
+            world.issued[self.rank].append(operation)
+            world.post(key, self.rank, kind, x.clone(), argument)
             world.lock.notify_all()
-        return _OrderedHandle(world, ("", place), self.rank, self._answers)
+        return _OrderedHandle(world, key, self.rank, self._answers)
 
 
 class _OrderedHandle:
@@ -111,7 +114,7 @@ class _OrderedHandle:
                 if world.failure is not None:
                     raise Disorder("another rank has failed") from world.failure
                 if not world.lock.wait(max(0.0, until - time.monotonic())):
-                    raise Disorder(f"rank {self._rank} waits in vain for operation {self._key[1]}")
+                    raise Disorder(f"rank {self._rank} waits in vain for operation {self._key}")
             return world.take(self._key, self._rank)
 
 

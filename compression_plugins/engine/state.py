@@ -276,10 +276,6 @@ class CallSlots:
     def tensor(self, slot: str, name: str, make: Callable[[], Tensor]) -> Tensor:
         return self._state.tensor(self._prefix + slot, name, make, self._bucket.device)
 
-    def peek(self, slot: str) -> Vector | None:
-        """What a scheme has asked for, if it has."""
-        return self._vectors.get(self._prefix + slot)
-
     def close(self) -> None:
         """The reduction is over, or given up."""
         for slot, aside in self._aside.items():
