@@ -127,9 +127,8 @@ class Plan:
         layout = [[bucket.scheme.name, bucket.dtype, bucket.segments] for bucket in self.buckets]
         return hashlib.sha256(json.dumps(layout).encode()).hexdigest()
 
-    def extended(self, config: Config, specs: Sequence[TensorSpec]) -> Plan:
-        """This plan with buckets of their own for tensors that appeared later; its own buckets stay as they are."""
-        more = make_plan(config, specs)
+    def extended(self, more: Plan) -> Plan:
+        """This plan with the buckets of another, for tensors that appeared later; its own buckets stay as they are."""
         return Plan(more.buckets + self.buckets, self.rows + more.rows)
 
 

@@ -173,7 +173,7 @@ class Session:
         """Parameters have appeared, on every rank alike: they were unfrozen, or added to the optimizer."""
         self.parameters.update(parameters)
         more = make_plan(self.config, self.specs(parameters))
-        self.plan = Plan(more.buckets + self.plan.buckets, self.plan.rows + more.rows)
+        self.plan = self.plan.extended(more)
         if self._makes_hooks:
             self.hooks += self._hooks_of(more)
         if self._tally.speaks:

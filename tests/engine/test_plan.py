@@ -59,7 +59,7 @@ def test_rules_and_exemptions_that_match_nothing_are_found_with_the_nearest_name
 def test_tensors_that_appear_later_get_buckets_of_their_own() -> None:
     config = Config.load("topk")
     early = make_plan(config, SPECS[:3])
-    late = early.extended(config, SPECS[3:])
+    late = early.extended(make_plan(config, SPECS[3:]))
     assert late.buckets[-len(early.buckets) :] == early.buckets
     assert sorted(s.name for b in late.buckets for s in b.segments) == sorted(spec.name for spec in SPECS)
     assert [row.name for row in late.rows] == [spec.name for spec in SPECS]
