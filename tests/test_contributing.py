@@ -56,6 +56,8 @@ def main(rank, store):
     dist.all_gather(both, weights)
     assert torch.equal(*both) and losses[-1] < losses[0] and len(session.hooks) == 1
     assert max(p.abs().max() for name, p in session.parameters.items() if p.ndim > 1) <= 1.0
+    dist.barrier()  # Gloo's threads may abort a process that ends while another still talks to it
+    dist.destroy_process_group()
 
 if __name__ == "__main__":
     mp.spawn(main, args=(sys.argv[1],), nprocs=2)

@@ -19,6 +19,7 @@ from compression_plugins.bench.ranks import Ranks
 from compression_plugins.config import Config
 from compression_plugins.core.call import Segment
 from compression_plugins.engine.plan import Bucket
+from compression_plugins.engine.reducer import STATE_VERSION
 from compression_plugins.schemes.base import Scheme
 from compression_plugins.schemes.cascading_ssdm import CascadingSSDM
 from compression_plugins.schemes.marsit import Marsit
@@ -143,7 +144,9 @@ def measure(method: str, scheme: Scheme, inputs: Tensor, draws: int, seed: int) 
     squares, total, agreed, highest = 0.0, torch.zeros_like(target), 0.0, 0.0
     for draw in range(1, draws + 1):
         for reducer in ranks.reducers:
-            reducer.load_state_dict({"version": 1, "step": draw, "size": size, "residuals": {}, "tensors": {}})
+            reducer.load_state_dict(
+                {"version": STATE_VERSION, "step": draw, "size": size, "vectors": {}, "tensors": {}}
+            )
         found = ranks.average([bucket], [[x.clone()] for x in inputs])[0].double()
         highest = max(highest, size * float(found.abs().max()))
         squares += float((found - target).square().sum()) / draws
