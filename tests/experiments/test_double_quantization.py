@@ -93,7 +93,6 @@ def test_asylpg_netlab_is_faster_by_transmission_and_counts_what_crosses_the_int
     assert dense["seconds"] > 1.5 * quantized["seconds"]
     part = "transmission and waiting"
     assert dense["parts"][part] > 2 * quantized["parts"][part]
-    assert quantized["parts"]["coding"] > dense["parts"]["coding"], "the price"
     for run in runs.values():
         assert sum(run["parts"].values()) == pytest.approx(run["seconds"], rel=0.1), "nothing is left out"
         assert all(seconds > 0 for seconds in run["parts"].values())
