@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from ..config import Config
@@ -48,5 +46,5 @@ def _reduce(config: Config, bucket: Bucket, transport: EchoTransport, sharded: b
     reducer = Reducer(config, transport)
     reducer.step = config.warmup_steps  # past the dense ones
     for _ in range(_STEPS):
-        reducer.reduce(replace(bucket), torch.ones(numel, device=bucket.device), shards)
+        reducer.reduce(bucket, torch.ones(numel, device=bucket.device), shards)
         reducer.end_step()
