@@ -42,6 +42,22 @@ def compress(
     attach(model, Config.load(config, overrides), explicit=True)
 
 
+def finish(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Training is over: with `every` > 1, exchange what the last, partial round has learned, so that every rank holds
+    the same weights. Call it on all ranks. Harmless otherwise.
+
+    Args:
+        model: the DDP model, or one around it or inside of it.
+        optimizer: whose moments are averaged too (`outer: {moments: mean}`).
+
+    Raises:
+        UnsupportedError: nothing compresses this model.
+    """
+    from .adapters.ddp.hook import find
+
+    find(model).session.finish(optimizer)
+
+
 def state_dict(model: torch.nn.Module) -> dict[str, Any]:
     """This rank's memory of what has not been sent yet, as of the last optimizer step; {} before the first.
 

@@ -6,6 +6,6 @@ from compression_plugins.horovod import Compression
 optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=..., compression=Compression.scalecom(ratio=100))
 """
 
-from .adapters.horovod.optimizer import Compression, load_state_dict, state_dict
+from .adapters.horovod.optimizer import Compression, finish, load_state_dict, state_dict
 
-__all__ = ["Compression", "load_state_dict", "state_dict"]
+__all__ = ["Compression", "finish", "load_state_dict", "state_dict"]

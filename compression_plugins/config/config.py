@@ -29,6 +29,19 @@ ENVIRONMENT_VARIABLE = "COMPRESSION_PLUGINS_CONFIG"
 _CONFIGS = Path(__file__).parents[1] / "configs"
 
 
+class Outer(BaseModel):
+    """What becomes of the mean drift of the ranks' weights, where they train by themselves (`every`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    lr: Annotated[float, Field(gt=0, le=2)] = Field(1.0, description="part of the mean drift that is taken")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the mean drifts, as in torch.optim.SGD")
+    nesterov: bool = Field(False, description="as in torch.optim.SGD")
+    moments: Literal["local", "mean"] = Field(
+        "local", description="mean: an exchange also averages what the optimizer keeps of each element, as it is"
+    )
+
+
 class Settings(BaseModel):
     """The keys that every scheme shares."""
 
@@ -42,6 +55,10 @@ class Settings(BaseModel):
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="optimizer steps sent dense before compression")
     min_numel: Annotated[int, Field(ge=0)] = Field(1024, description="smaller tensors travel as they are")
     exempt: list[str] = Field([], description="name patterns (shell style) of tensors that travel as they are")
+    every: Annotated[int, Field(ge=1, le=100_000)] = Field(
+        1, description="optimizer steps that each rank takes by itself between exchanges; 1: gradients travel in each"
+    )
+    outer: Outer = Field(Outer(), description="of every > 1: what becomes of the mean drift of the weights")
 
 
 class Rule(BaseModel):
@@ -87,6 +104,7 @@ class Config(Settings):
     def to_dict(self) -> dict[str, Any]:
         """The whole configuration as JSON-able values; `Config.load` of it gives an equal object."""
         general = {key: getattr(self, key) for key in Settings.model_fields}
+        general["outer"] = self.outer.model_dump()
         rules = [{"match": r.match, **_scheme_dict(r.scheme)} for r in self.rules]
         return {**_scheme_dict(self.scheme), **general, "rules": rules}
 
@@ -141,7 +159,12 @@ def _build(document: dict[str, Any], where: str) -> Config:
         settings = Settings(**general)
     except ValidationError as error:
         raise ConfigError(f"{where}: {_first(error)}") from None
-    return Config.model_construct(**settings.model_dump(), scheme=scheme, rules=built)
+    if settings.every == 1 and settings.outer != Outer():
+        raise ConfigError(f"{where}: outer is what becomes of local steps, and there are none: set every to 2 or more")
+    if settings.outer.nesterov and not settings.outer.momentum:
+        raise ConfigError(f"{where}: outer.nesterov needs a momentum: set outer.momentum, or leave nesterov at false")
+    general = {key: getattr(settings, key) for key in Settings.model_fields}
+    return Config.model_construct(**general, scheme=scheme, rules=built)
 
 
 def _rule(rule: Any, default: Scheme, where: str) -> Rule:
@@ -174,6 +197,9 @@ def _scheme(name: Any, own: dict[str, Any], where: str, others: set[str]) -> Sch
 
 def _first(error: ValidationError) -> str:
     detail, *others = error.errors()
+    if detail["type"] == "extra_forbidden":
+        *path, key = detail["loc"]
+        return f"unknown key {key!r} in {'.'.join(map(str, path))}{nearest(str(key), Outer.model_fields)}"
     where, message = detail["loc"], f"{detail['msg'][0].lower()}{detail['msg'][1:]}"
     for other in others:  # of a key that takes a number or a word, pydantic reports both, under the names of its types
         if other["type"] == "literal_error" and other["loc"][:1] == where[:1]:

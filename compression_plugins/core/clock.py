@@ -11,8 +11,8 @@ class Clock(NamedTuple):
     Attributes:
         step: optimizer steps done before this one.
         micro_batch: reductions of the same bucket done before this one within the step.
-        round: steps of compression done before this one; those of the dense warm-up do not count. What happens now and
-            then, such as a flush, is counted in rounds.
+        round: exchanges done before this one; those of the dense warm-up do not count. There is one in each step, or in
+            every so many (`every`). What happens now and then, such as a flush, or in turns is counted in rounds.
     """
 
     step: int = 0

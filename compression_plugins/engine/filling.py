@@ -82,13 +82,18 @@ class Fillings:
         self._next = 0  # of those that must start in order
 
     def give(self, name: str, gradient: Tensor, absent: bool = False, exact: bool = False) -> None:
-        """Take the gradient of parameter `name` now; `collect` makes it the average.
+        """Take the gradient of parameter `name` now; `collect` makes it the average. Where ranks train by themselves it
+        stays what it is.
 
         Args:
             absent: this rank has none; `gradient` is zeros.
             exact: average the bucket without compression, and without a trace in the state.
         """
         filling, place = self._slots[name]
+        if self._reducer.local:
+            if self._scale != 1.0:
+                gradient.mul_(self._scale)
+            return
         filling.gradients[place] = gradient
         filling.exact |= exact
         if absent:

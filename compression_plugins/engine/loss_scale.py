@@ -1,10 +1,14 @@
-"""The scale of the loss, where `torch.amp.GradScaler` keeps it: residuals are kept in units of the unscaled loss."""
+"""The scale of the loss, where `torch.amp.GradScaler` keeps it: residuals are kept in units of the unscaled loss.
+
+Where ranks train by themselves, each sees its own overflows; the scaler skips a step where any rank saw one, so that
+all count the same steps and keep the same scale.
+"""
 
 from __future__ import annotations
 
 import functools
 import weakref
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +16,17 @@ from torch import Tensor
 from .notice import warn
 
 _scalers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+class Sharing(Protocol):
+    """Whose ranks look for overflows together."""
+
+    def agree(self, optimizer: Any, found_inf: Tensor) -> None:
+        """Let `found_inf`, of this rank's gradients of `optimizer`, be 1 where it is on any rank."""
+        ...
+
+
+_sharing: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def watch() -> None:
@@ -26,8 +41,24 @@ def watch() -> None:
         original(self, *args, **kwargs)
         _scalers.add(self)
 
+    look = cls._unscale_grads_
+
+    @functools.wraps(look)
+    def _unscale_grads_(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        found: dict[torch.device, Tensor] = look(self, optimizer, *args, **kwargs)
+        for session in list(_sharing):
+            for value in found.values():
+                session.agree(optimizer, value)
+        return found
+
     __init__._noticed = True  # type: ignore[attr-defined]
     cls.__init__ = __init__  # type: ignore[method-assign]
+    cls._unscale_grads_ = _unscale_grads_  # type: ignore[method-assign]
+
+
+def share(session: Sharing) -> None:
+    """Ask `session` whether another of its ranks has met an overflow."""
+    _sharing.add(session)
 
 
 def current() -> Tensor | None:

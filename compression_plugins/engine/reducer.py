@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,16 @@ class Reducer:
         """Whether this step is one of the dense ones before compression."""
         return self.step < self.config.warmup_steps
 
+    @property
+    def local(self) -> bool:
+        """Whether ranks train by themselves in this step, and gradients stay where they are."""
+        return self.config.every > 1 and not self.warming
+
+    @property
+    def round_ends(self) -> bool:
+        """Whether ranks exchange what they have learned when this step is done."""
+        return self.local and (self.step + 1 - self.config.warmup_steps) % self.config.every == 0
+
     def scheme_of(self, bucket: Bucket) -> Scheme:
         """What reduces `bucket` in this step."""
         return bucket.scheme.dense if self.warming else bucket.scheme
@@ -85,6 +95,7 @@ class Reducer:
         shards: Sequence[int] | None = None,
         absent: frozenset[str] = frozenset(),
         scheme: Scheme | None = None,
+        around: Callable[[Reduction, Call], Reduction] | None = None,
     ) -> Work[Tensor]:
         """Start to average `flat` over ranks.
 
@@ -99,6 +110,7 @@ class Reducer:
                 itself. On a CPU a gradient that is zero everywhere counts as absent too; on a GPU looking would mean
                 waiting.
             scheme: in the place of the bucket's own, for a reduction that must be exact.
+            around: makes one program of the scheme's and what else belongs to this reduction.
 
         Raises:
             CompressionError: `flat` or `shards` does not fit the bucket.
@@ -113,7 +125,7 @@ class Reducer:
                 f"shards {list(shards)} do not cover {bucket.numel} elements on {self.transport.size} ranks"
             )
         self._dense += flat.numel() * flat.element_size()
-        return self.engine.run(self._program(bucket, flat, shards, absent, scheme or self.scheme_of(bucket)))
+        return self.engine.run(self._program(bucket, flat, shards, absent, scheme or self.scheme_of(bucket), around))
 
     def reduce(self, bucket: Bucket, flat: Tensor, shards: Sequence[int] | None = None) -> Tensor:
         """`start`, then wait for the average, [bucket.numel]. Arguments and errors as there."""
@@ -175,7 +187,13 @@ class Reducer:
         self.state.load_state_dict(saved)
 
     def _program(
-        self, bucket: Bucket, flat: Tensor, shards: Sequence[int] | None, absent: frozenset[str], scheme: Scheme
+        self,
+        bucket: Bucket,
+        flat: Tensor,
+        shards: Sequence[int] | None,
+        absent: frozenset[str],
+        scheme: Scheme,
+        around: Callable[[Reduction, Call], Reduction] | None,
     ) -> Reduction:
         """The life of one reduction: local direction, the scheme's own program, marks of zeros, and its end."""
         use = self._uses[bucket.id] = self._uses.get(bucket.id, -1) + 1
@@ -186,7 +204,7 @@ class Reducer:
         call = Call(
             transport=self.transport.scoped(f"{bucket.id:08x}"),
             key=Key(self.config.seed, bucket.id, self.step, self.transport.rank, stream(Purpose.ENCODE, use)),
-            clock=Clock(self.step, use, self.step - self.config.warmup_steps),
+            clock=Clock(self.step, use, (self.step - self.config.warmup_steps) // self.config.every),
             segments=bucket.segments,
             shards=shards,
             state=slots,
@@ -199,7 +217,7 @@ class Reducer:
             program = scheme.mean(flat, call) if shards is None else scheme.scatter_mean(flat, call)
             if not scheme.says_zero:
                 program = marked(program, flat, call, call.residual() if scheme.memory else None)
-            return (yield from program)
+            return (yield from (around(program, call) if around else program))
         finally:
             slots.close()
 

@@ -17,8 +17,10 @@ from .._version import __version__
 from ..config import Config
 from ..errors import UnsupportedError
 from ..optimizer.hooks import StepHook
+from ..optimizer.local_updates import LocalUpdates, Outer
 from ..transports.base import Transport
 from . import loss_scale, patterns
+from .exchange import UpdateExchange
 from .notice import announce
 from .plan import Plan, TensorSpec, make_plan
 from .preload import preload
@@ -95,9 +97,12 @@ class Session:
                     f"{host} compression: {name!r} is {p.dtype}; only real floating point is reduced"
                 )
         loss_scale.watch()
+        if config.every > 1:
+            loss_scale.share(self)
         patterns.note(config, [*self.parameters, *frozen], speaks)
         self.plan = make_plan(config, self.specs(self.parameters))
         self.hooks: list[StepHook] = []
+        self._local_updates: LocalUpdates | None = None
         self._makes_hooks = False
         self.reductions = 1
         self._reducer: Reducer | None = None
@@ -153,6 +158,10 @@ class Session:
     def make_hooks(self) -> None:
         """Make the step hooks of the schemes, for a host whose ranks hold whole parameters."""
         self._makes_hooks, self.hooks = True, self._hooks_of(self.plan)
+        if self.config.every > 1:
+            outer = Outer(**self.config.outer.model_dump())
+            self._local_updates = LocalUpdates(outer, self.parameters, UpdateExchange(self))
+            self.hooks.insert(0, self._local_updates)
 
     def opened(self, where: str = "") -> None:
         """All ranks agree; say what will happen.
@@ -200,6 +209,17 @@ class Session:
 
     # -- around the optimizer's step
 
+    def agree(self, optimizer: Any, found_inf: Tensor) -> None:
+        """Where ranks train by themselves, they skip a step of a `GradScaler` together: `found_inf` (fp32, 0 or 1)
+        becomes 1 if it is on any rank.
+        """
+        mine = {id(p) for p in self.parameters.values()}
+        if not self.started or not self.reducer.local:
+            return
+        if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+            votes = self.reducer.transport.scoped("found_inf").all_reduce(found_inf.view(1)).wait()
+            found_inf.copy_(votes.clamp(max=1).view(()))
+
     def before_forward(self) -> None:
         """Gradients are about to be computed."""
         for hook in self.hooks:
@@ -207,22 +227,36 @@ class Session:
 
     def after_backward(self) -> None:
         """Gradients are computed, or the optimizer is about to step: parameters are exact again."""
-        for hook in self.hooks:
+        for hook in reversed(self.hooks):
             hook.after_backward()
 
-    def end_step(self, skipped: bool = False) -> None:
-        """The optimizer has stepped; or not, although it was asked to."""
-        reducer, step = self.reducer, self.reducer.step
+    def before_read(self) -> None:
+        """The script evaluates or saves the model: parameters are those by which the job is judged."""
+        for hook in reversed(self.hooks):
+            hook.before_read()
+
+    def end_step(self, skipped: bool = False, optimizer: Any = None) -> None:
+        """The optimizer has stepped; or not, although it was asked to.
+
+        Args:
+            optimizer: whose state an exchange may average; a `torch.optim.Optimizer`.
+        """
+        reducer = self.reducer
         dense = sum(bucket.dense_bytes(reducer.transport.size) for bucket in self.plan.buckets)
-        warming = reducer.warming
+        if not skipped and not reducer.warming:
+            for hook in reversed(self.hooks):
+                hook.after_step(reducer.step, optimizer)
         reducer.end_step(skipped)
-        if not skipped and not warming:
-            for hook in self.hooks:
-                hook.after_step(step)
         self._tally.steps += 1
         self._tally.dense += dense * self.reductions
         self._tally.sent = self._earlier[0] + reducer.transport.sent
         self._tally.exposed_s = self._earlier[1] + reducer.engine.seconds.exposed
+
+    def finish(self, optimizer: Any = None) -> None:
+        """Training is over, on every rank: exchange what a last, partial round has learned."""
+        if self._local_updates is not None and self.started:
+            self._local_updates.exchange(optimizer)
+            self.reducer.state.commit()
 
     def drop(self) -> None:
         """The script has thrown this step's gradients away."""
@@ -232,7 +266,7 @@ class Session:
     def exact(self) -> Iterator[None]:
         """Inside, parameters are exact, whatever the model computes with."""
         with ExitStack() as stack:
-            for hook in self.hooks:
+            for hook in reversed(self.hooks):
                 stack.enter_context(hook.exact())
             yield
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
 
 
 class StepHook(Protocol):
     """Quantized weights, local updates: something that acts on the parameters once per step, on every rank alike.
 
-    A host calls `before_forward` when ranks are about to compute gradients, `after_backward` when they have, and
-    `after_step` when the optimizer has stepped. In between parameters are the script's: whoever reads, saves or edits
-    them outside forward and backward sees exact ones.
+    A host calls `before_forward` when ranks are about to compute gradients, `after_backward` when they have,
+    `after_step` when the optimizer has stepped, and `before_read` when the script evaluates or saves the model. In
+    between parameters are the script's: whoever reads, saves or edits them outside forward and backward sees exact
+    ones.
     """
 
     def before_forward(self) -> None:
@@ -23,8 +27,16 @@ class StepHook(Protocol):
         """Parameters become exact again. Harmless when they are."""
         ...
 
-    def after_step(self, step: int) -> None:
-        """Optimizer step number `step`, from 0, is done."""
+    def before_read(self) -> None:
+        """Parameters become those by which the job is judged, the same on every rank, until gradients are computed or
+        the optimizer steps again. Harmless when they are.
+        """
+        ...
+
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Optimizer step number `step`, from 0, is done by `optimizer`. Reductions that the hook makes now belong to
+        this step.
+        """
         ...
 
     def exact(self) -> AbstractContextManager[None]:

@@ -53,7 +53,11 @@ class QuantizedWeights:
             )
             self._quantized = []
 
-    def after_step(self, step: int) -> None:
+    def before_read(self) -> None:
+        """The exact weights are those by which the job is judged."""
+        self.after_backward()
+
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         """From now on quantize what the parameters hold when the next forward pass begins."""
         self.after_backward()
         self._step = step

@@ -243,6 +243,11 @@ class Compression:
 
     def before_forward(self, training: bool) -> None:
         """A forward pass with gradients begins."""
+        if self._joining() and self.session.config.every > 1:
+            raise UnsupportedError(
+                "DDP compression: in join() ranks without data add zeros to gradients, which with every > 1 do not "
+                "travel; set every: 1, or give every rank the same number of batches"
+            )
         if self._joining() and not getattr(self._ddp(), "_divide_by_initial_world_size", True):
             raise UnsupportedError(
                 "DDP compression: join(divide_by_initial_world_size=False) divides by ranks that are still there, "
@@ -274,7 +279,7 @@ class Compression:
         if not self._reductions or not self._holds(optimizer):
             return
         found = getattr(optimizer, "found_inf", None)  # fused optimizers skip the step themselves, for GradScaler
-        self.session.end_step(skipped=found is not None and bool(found))
+        self.session.end_step(skipped=found is not None and bool(found), optimizer=optimizer)
         self._reductions = 0
 
     def _holds(self, optimizer: torch.optim.Optimizer) -> bool:
@@ -322,8 +327,8 @@ def reduce_bucket(state, bucket):  # DDP reads the signature and refuses annotat
 def _before_forward(module: Any, _: Any) -> None:
     compression = _compressed.get(module)
     if not torch.is_grad_enabled():
-        if compression is not None:
-            compression.session.after_backward()  # an evaluation sees exact parameters
+        if compression is not None and not module.training:
+            compression.session.before_read()
         return
     if compression is None:
         if module.training:
@@ -342,7 +347,7 @@ def _before_state_dict(module: Any, *_: Any) -> None:
     for compression in list(_compressed.values()):
         ddp = compression._ddp()
         if ddp is not None and ddp.module is module:
-            compression.session.after_backward()
+            compression.session.before_read()
 
 
 def _watch_optimizers() -> None:

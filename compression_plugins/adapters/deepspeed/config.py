@@ -107,6 +107,25 @@ def refuse_engine(engine: Any) -> None:
     ))  # fmt: skip
 
 
+def refuse_local_steps(engine: Any, config: Config) -> None:
+    """Raise `UnsupportedError` where ranks cannot train by themselves for some steps."""
+    from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
+
+    several, stage = config.every > 1, engine.zero_optimization_stage()
+    refuse((
+        (
+            several and stage > 0,
+            f"every: {config.every} lets each rank take steps by itself, and ZeRO stage {stage} shards the optimizer",
+            "set zero_optimization.stage to 0, or every to 1",
+        ),
+        (
+            several and isinstance(engine.optimizer, DeepSpeedOptimizer),
+            f"every: {config.every} averages the parameters, and the bf16 and fp16 blocks train fp32 copies of them",
+            "use torch_autocast instead of the block, or set every to 1",
+        ),
+    ))  # fmt: skip
+
+
 def refuse(refusals: Sequence[tuple[Any, str, str]]) -> None:
     """Raise `UnsupportedError` for the first (present, reason, remedy) that is present."""
     for present, reason, remedy in refusals:

@@ -15,7 +15,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ...config import Config
-from .config import BLOCK, parse, refuse_engine, wire_dtype, wrap_config, wrap_loader
+from .config import BLOCK, parse, refuse_engine, refuse_local_steps, wire_dtype, wrap_config, wrap_loader
 
 if TYPE_CHECKING:
     from .session import DeepSpeedSession
@@ -79,6 +79,7 @@ def attach(engine: Any, config: Config) -> DeepSpeedSession | None:
     from .zero import mark_zero
 
     refuse_engine(engine)
+    refuse_local_steps(engine, config)
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if size == 1:
         announce(f"{_HOST}: one rank sends nothing, so nothing is compressed")

@@ -129,17 +129,11 @@ def follow_weights(session: DeepSpeedSession) -> None:
     if not session.common.hooks:
         return
     engine, module = session.engine, session.engine.module
-    module.register_forward_pre_hook(_Notice(lambda: session.about_to_compute(_trains(module))))
+    module.register_forward_pre_hook(_Notice(lambda: session.about_to_compute(module)))
     for part in module.modules():
         part.register_state_dict_pre_hook(_Notice(session.about_to_be_read))
     if hasattr(engine, "save_16bit_model"):
         before(engine, "save_16bit_model", session.about_to_be_read)
-
-
-def _trains(module: Any) -> bool:
-    import torch
-
-    return bool(module.training and torch.is_grad_enabled())
 
 
 class _Notice:

@@ -16,6 +16,7 @@ from ...engine.plan import Plan
 from ...engine.reducer import Reducer
 from ...engine.session import Session
 from ...transports.torch_distributed import TorchDistributed
+from ..shared.forward import begin_forward
 from .config import wire_dtype
 from .routes import Part, Router, in_wire_dtype, scatters
 from .scope import Gathers, Scope, mismatch
@@ -231,7 +232,8 @@ class DeepSpeedSession:
             yield
         finally:
             self.stepping = self._reduced = False
-        self.common.end_step(skipped=bool(getattr(self.engine.optimizer, "overflow", False)))
+        optimizer = self.engine.optimizer
+        self.common.end_step(bool(getattr(optimizer, "overflow", False)), getattr(optimizer, "optimizer", optimizer))
 
     def exact(self) -> AbstractContextManager[None]:
         """Inside, the module holds exact weights, whatever it computes with. Under ZeRO every rank enters together."""
@@ -241,18 +243,18 @@ class DeepSpeedSession:
         """This rank's memory as of the last step."""
         return self.common.state_dict()
 
-    def about_to_compute(self, training: bool) -> None:
-        """The model is about to run forward: with the weights at which gradients are computed, or with exact ones."""
-        if training:
+    def about_to_compute(self, module: torch.nn.Module) -> None:
+        """The module is about to run forward: with the weights at which gradients are computed, or to be judged."""
+        if self.weights is None:
+            begin_forward(self.common, module)
+        elif module.training and torch.is_grad_enabled():
             self.common.before_forward()
         else:
             self.about_to_be_read()
 
     def about_to_be_read(self) -> None:
         """The script looks at the weights."""
-        self.common.after_backward()
-        if self.weights is not None:
-            self.weights.make_exact()
+        self.common.before_read()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from it."""

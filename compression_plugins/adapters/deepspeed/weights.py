@@ -93,7 +93,11 @@ class GatheredWeights:
     def after_backward(self) -> None:
         """Nothing: the next gather brings new weights."""
 
-    def after_step(self, step: int) -> None:
+    def before_read(self) -> None:
+        """All ranks together."""
+        self.make_exact()
+
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Nothing: it happened inside the step."""
 
     def make_exact(self) -> None:

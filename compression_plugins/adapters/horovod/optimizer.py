@@ -113,6 +113,13 @@ def load_state_dict(optimizer: Any, state: dict[str, Any]) -> None:
     _session(optimizer).load_state_dict(state)
 
 
+def finish(optimizer: Any) -> None:
+    """Training is over: with `every` > 1, exchange what the last, partial round has learned, so that every rank holds
+    the same weights. Call it on all ranks. Harmless otherwise.
+    """
+    _session(optimizer).finish(optimizer)
+
+
 def _session(optimizer: Any) -> HorovodSession:
     session = getattr(optimizer, "_compression_session", None)
     if session is None:
@@ -257,7 +264,7 @@ def _step(original: Callable[..., Any]) -> Callable[..., Any]:
         session: HorovodSession | None = self._compression_session
         loss = original(self, closure)
         if session is not None:
-            session.stepped()
+            session.stepped(self)
         return loss
 
     return step

@@ -135,11 +135,11 @@ class HorovodSession(Session):
             self._collected = True
         return self._given[p]
 
-    def stepped(self) -> None:
+    def stepped(self, optimizer: Any) -> None:
         """The optimizer has stepped; if it was with gradients of this session, their step is over."""
         if self._pending:
             self._pending = {}
-            self.end_step()
+            self.end_step(optimizer=optimizer)
 
     def drop(self) -> None:
         """The script has thrown away gradients that no step was made with: they leave no trace."""
@@ -179,6 +179,8 @@ class HorovodSession(Session):
             # A memory belongs to a rank of a world. In a new one it starts at zero, everywhere; only the step goes on.
             self._restart({})
             self.reducer.step = step
+            self.after_backward()
+            self.load_hooks({})
         transport = self.reducer.transport
         self._fillings = Fillings(self.plan, self.reducer, transport.size if self._op == mpi_ops.Sum else 1)
         self._ensure_hooks()
@@ -243,6 +245,11 @@ class HorovodSession(Session):
         Raises:
             UnsupportedError: a bucket needs more than sums, and would crash Horovod's communication thread.
         """
+        if self.config.every > 1:
+            raise UnsupportedError(
+                "horovod compression: after hvd.join() a rank can only add zeros to sums, and with every > 1 it would "
+                "pull the weights to where it stopped; set every: 1, or give every rank the same number of steps"
+            )
         for bucket in self.plan.buckets:
             if not bucket.scheme.sums_only or bucket.dtype == "bfloat16":
                 able = ", ".join(name for name in registry.names() if registry.get(name).sums_only)

@@ -13,10 +13,21 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from ...engine.session import Session
 
 
+def begin_forward(session: Session, module: nn.Module) -> None:
+    """Tell `session` that `module` begins a forward pass: one that trains, with or without its training mode, or an
+    evaluation: no gradients, and not in training mode. (A module in training mode may run without gradients inside of a
+    pass that trains: checkpointed activations.)
+    """
+    if torch.is_grad_enabled():
+        session.before_forward() if module.training else session.after_backward()
+    elif not module.training:
+        session.before_read()
+
+
 def watch(session: Session, parameters: Iterable[Tensor]) -> None:
     """Tell `session` when a module that owns one of `parameters` begins a forward pass with gradients.
 
-    For hosts that know parameters and no model. A pass without gradients, an evaluation, sees exact parameters, and so
+    For hosts that know parameters and no model. An evaluation sees the parameters by which the job is judged, and so
     does `state_dict()` of a module that has been seen.
     """
     known = {id(p) for p in parameters}
@@ -30,10 +41,7 @@ def watch(session: Session, parameters: Iterable[Tensor]) -> None:
         if module not in seen:
             seen.add(module)
             module.register_state_dict_pre_hook(_becomes_exact(mine))
-        if torch.is_grad_enabled() and module.training:
-            owner.before_forward()
-        else:
-            owner.after_backward()
+        begin_forward(owner, module)
 
     handle = register_module_forward_pre_hook(begins)
     weakref.finalize(session, handle.remove)
@@ -48,6 +56,6 @@ def _becomes_exact(session: weakref.ref[Session]) -> Any:
     def before_state_dict(*_: Any) -> None:
         owner = session()
         if owner is not None:
-            owner.after_backward()
+            owner.before_read()
 
     return before_state_dict

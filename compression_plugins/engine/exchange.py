@@ -1,0 +1,121 @@
+"""How local updates meet: the drift of the parameters through the schemes of the plan, with memories of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..collectives import dense_mean
+from ..config import Config
+from ..schemes.base import NoCompression
+from .driver import Work
+from .plan import Bucket, Plan
+from .reducer import Reducer
+
+if TYPE_CHECKING:
+    from ..core.call import Call, Reduction
+
+Vectors = Mapping[str, Tensor]
+
+
+class Owner(Protocol):
+    """What an exchange needs of a session."""
+
+    config: Config
+    plan: Plan
+    parameters: dict[str, Tensor]
+
+    @property
+    def started(self) -> bool: ...
+
+    @property
+    def reducer(self) -> Reducer: ...
+
+
+class UpdateExchange:
+    """Averages over the ranks of a session; the `Exchange` of its `LocalUpdates`.
+
+    Updates travel in the buckets of gradients, in fp32 where nothing compresses them, under the role "update".
+    """
+
+    def __init__(self, session: Owner) -> None:
+        self._session = session
+        self._under_way: list[tuple[Bucket, Vectors, Work[Tensor]]] = []
+        self._vetoed = False
+
+    def local(self) -> bool:
+        """Whether ranks train by themselves in this step."""
+        session = self._session
+        return session.reducer.local if session.started else not session.config.warmup_steps
+
+    def due(self) -> bool:
+        """Whether a round ends with this step."""
+        return self._session.reducer.round_ends
+
+    def names(self) -> Sequence[str]:
+        """Parameters of the plan."""
+        return [row.name for row in self._session.plan.rows]
+
+    def start(self, drifts: Vectors, moments: Sequence[Vectors], veto: bool) -> None:
+        """Begin to replace `drifts` by what the schemes make of their mean, or where some rank has a veto by the mean
+        of the parameters themselves; and `moments` by their means.
+        """
+        self._vetoed = False
+        for bucket in self._buckets(drifts):
+            self._start(bucket, drifts, veto)
+        for vectors in moments:
+            for bucket in self._buckets(vectors):
+                self._start(replace(bucket, scheme=NoCompression()), vectors, None)
+
+    @property
+    def works(self) -> list[Work[Any]]:
+        """What `start` has started."""
+        return [work for _, _, work in self._under_way]
+
+    def finish(self) -> bool:
+        """Wait for it; False where some rank had a veto."""
+        self._session.reducer.drain()
+        under_way, self._under_way = self._under_way, []
+        for bucket, vectors, work in under_way:
+            pieces = work.result().split([segment.numel for segment in bucket.segments])
+            for segment, piece in zip(bucket.segments, pieces):
+                vector = vectors[segment.name]
+                vector.copy_(piece.view(vector.shape))
+        if self._vetoed:
+            self._session.reducer.drop()
+        return not self._vetoed
+
+    def _buckets(self, vectors: Vectors) -> list[Bucket]:
+        """Those of the plan, as far as there are vectors for them."""
+        found = []
+        for bucket in self._session.plan.buckets:
+            segments = tuple(segment for segment in bucket.segments if segment.name in vectors)
+            if segments:
+                found.append(replace(bucket, segments=segments, dtype="float32", role="update"))
+        return found
+
+    def _start(self, bucket: Bucket, vectors: Vectors, veto: bool | None) -> None:
+        parameters = self._session.parameters
+        frozen = frozenset(s.name for s in bucket.segments if not parameters[s.name].requires_grad)
+
+        def or_exactly(program: Reduction, call: Call) -> Reduction:
+            ballot = call.transport.all_reduce(torch.tensor([float(veto or 0)], device=bucket.device))
+            result = yield from program
+            if float((yield ballot)):
+                self._vetoed = True
+                result = yield from dense_mean(call, _flat(bucket, parameters))
+            return result
+
+        work = self._session.reducer.start(
+            bucket, _flat(bucket, vectors), absent=frozen, around=None if veto is None else or_exactly
+        )
+        self._under_way.append((bucket, vectors, work))
+
+
+def _flat(bucket: Bucket, vectors: Vectors) -> Tensor:
+    """fp32 [bucket.numel], a copy."""
+    return torch.cat([vectors[segment.name].detach().float().reshape(-1) for segment in bucket.segments])
