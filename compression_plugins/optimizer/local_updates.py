@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .._lazy import torch
+from .hooks import StepHook
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +59,7 @@ class Exchange(Protocol):
         ...
 
 
-class LocalUpdates:
+class LocalUpdates(StepHook):
     """A `StepHook`: between exchanges the parameters of each rank are its own; an exchange makes them the same bits.
 
     The anchor is what all ranks agreed on last. A round begins with it, at the first forward pass or optimizer step

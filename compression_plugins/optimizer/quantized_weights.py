@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import triton_kernels as K
 from .._lazy import torch
 from ..core.streams import Purpose, stream
+from .hooks import StepHook
 from .weight_law import WeightLaw, mu_rule_bits
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 _STREAM = stream(Purpose.WEIGHTS)
 
 
-class QuantizedWeights:
+class QuantizedWeights(StepHook):
     """Replaces parameters by their quantized values while gradients are computed: a `StepHook`.
 
     All ranks draw the same random numbers, so replicas stay equal bit for bit. Outside forward and backward the

@@ -16,10 +16,10 @@ TOY = '''
 """Toy: halves travel as 8-bit codes."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 from ..codecs import Codec, Uniform
+from ..optimizer.hooks import StepHook
 from .base import Scheme
 from .registry import register
 
@@ -37,7 +37,7 @@ class Toy(Scheme):
         return Diary(parameters)
 
 
-class Diary:
+class Diary(StepHook):
     def __init__(self, parameters: Mapping[str, Any]) -> None:
         self.log = [*parameters]
 
@@ -47,17 +47,11 @@ class Diary:
     def after_backward(self) -> None:
         self.log.append("backward")
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, optimizer: Any = None) -> None:
         self.log.append(f"step {step}")
-
-    def exact(self) -> nullcontext:
-        return nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
         return {"entries": len(self.log)}
-
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        pass
 '''
 
 SESSION = """

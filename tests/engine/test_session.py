@@ -24,7 +24,7 @@ from compression_plugins.transports.echo import EchoTransport
 from ..world import assert_same, config, written
 
 
-class Recorder:
+class Recorder(StepHook):
     """A hook that counts its steps and writes down what it is told."""
 
     def __init__(self, names: list[str], seed: int) -> None:
@@ -36,7 +36,7 @@ class Recorder:
     def after_backward(self) -> None:
         self.log.append("after backward")
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         self.log.append(f"after step {step}")
         self.steps += 1
 

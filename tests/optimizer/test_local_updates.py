@@ -62,7 +62,11 @@ class Cluster:
         nn.functional.cross_entropy(model(x), y).backward()
         session.after_backward()
 
-    def step(self, edit: Callable[[nn.Module], None] | None = None) -> None:
+    def step(
+        self,
+        edit: Callable[[nn.Module], None] | None = None,
+        at_exchange: Callable[[LocalUpdates], None] | None = None,
+    ) -> None:
         for rank in range(len(self.models)):
             self.gradients(rank)
         if not self.sessions[0].reducer.local:
@@ -74,6 +78,8 @@ class Cluster:
             session.after_backward()
             optimizer.step()
             hook._remember()
+            if due and at_exchange is not None:
+                at_exchange(hook)
             if due:
                 hook.start_exchange(optimizer)
         if due:
@@ -94,6 +100,10 @@ class Cluster:
 
     def weights(self, rank: int) -> list[Tensor]:
         return [p.detach().clone() for p in self.models[rank].parameters()]
+
+
+def own(hook: LocalUpdates) -> list[Tensor]:
+    return [p.detach().clone() for p in hook._parameters.values()]
 
 
 def finish_all(cluster: Cluster) -> None:
@@ -136,15 +146,7 @@ def test_the_outer_step_is_that_of_torch_sgd_on_the_mean_drift(nesterov: bool) -
         for anchor, kept in zip(anchors, before.values()):
             torch.testing.assert_close(anchor.detach(), kept, rtol=1e-5, atol=1e-6)
         ends: list[list[Tensor]] = []
-        original = LocalUpdates.start_exchange
-
-        def spy(hook: LocalUpdates, optimizer: torch.optim.Optimizer) -> None:
-            ends.append([p.detach().clone() for p in hook._parameters.values()])
-            original(hook, optimizer)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(LocalUpdates, "start_exchange", spy)
-            cluster.step()
+        cluster.step(at_exchange=lambda hook, ends=ends: ends.append(own(hook)))
         for anchor, *weights in zip(anchors, *ends):
             anchor.grad = anchor.detach() - torch.stack(weights).mean(0)
         outer.step()
@@ -165,21 +167,13 @@ def test_after_an_exchange_all_ranks_hold_the_same_bits(scheme: str) -> None:
 def test_what_an_exchange_applies_and_what_is_remembered_are_the_drifts(scheme: str) -> None:
     cluster = Cluster(scheme, exempt=["*bias"], **({"beta": 1.0} if scheme == "scalecom" else {}))
     first, total = cluster.weights(0), [torch.zeros_like(w) for w in cluster.weights(0)]
-    for step in range(12):
-        cluster.sessions[0].before_forward()
-        if step % 4 == 3:
-            start = LocalUpdates.start_exchange
 
-            def spy(hook: LocalUpdates, optimizer: torch.optim.Optimizer) -> None:
-                start(hook, optimizer)
-                for sum_, name in zip(total, hook._parameters):  # the anchor minus the own weights
-                    sum_ += (hook._anchors[name] - hook._parameters[name].detach()) / RANKS
+    def add(hook: LocalUpdates) -> None:
+        for sum_, anchor, weights in zip(total, hook._anchors.values(), own(hook)):
+            sum_ += (anchor - weights) / RANKS
 
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(LocalUpdates, "start_exchange", spy)
-                cluster.step()
-        else:
-            cluster.step()
+    for _ in range(12):
+        cluster.step(at_exchange=add)
     owed = {}
     for session in cluster.sessions:
         for name, pieces in session.reducer.state_dict()["vectors"].get("update/residual", {}).items():
@@ -283,17 +277,9 @@ def test_a_memory_that_begins_anew_makes_the_next_exchange_exact() -> None:
     for session in cluster.sessions:
         session.load_hooks({})
     cluster.step()
-    expected: list[Tensor] = []
-    original = LocalUpdates.start_exchange
-
-    def spy(hook: LocalUpdates, optimizer: torch.optim.Optimizer) -> None:
-        expected.append(next(iter(hook._parameters.values())).detach().clone())
-        original(hook, optimizer)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalUpdates, "start_exchange", spy)
-        cluster.step()
-    torch.testing.assert_close(cluster.weights(0)[0], torch.stack(expected).mean(0))
+    ends: list[list[Tensor]] = []
+    cluster.step(at_exchange=lambda hook: ends.append(own(hook)))
+    torch.testing.assert_close(cluster.weights(0)[0], torch.stack([weights[0] for weights in ends]).mean(0))
     assert same(cluster.weights(0), cluster.weights(3))
 
 

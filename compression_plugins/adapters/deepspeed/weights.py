@@ -21,6 +21,7 @@ from torch import Tensor
 from ... import triton_kernels as K
 from ...core.streams import Purpose, stream
 from ...errors import ConfigError
+from ...optimizer.hooks import StepHook
 from ...optimizer.weight_law import WeightLaw, mu_rule_bits, weight_codec
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def gathered_weights(
     return GatheredWeights(session, backend, meet, next(iter(chosen.values())), set(chosen)) if chosen else None
 
 
-class GatheredWeights:
+class GatheredWeights(StepHook):
     """A `StepHook` that acts inside DeepSpeed's gather of weights.
 
     Keeps the snapshot of the own partition only: fp32, 1/n of the model; and while exact weights are in use the decoded
@@ -90,15 +91,9 @@ class GatheredWeights:
                 flat.data.copy_(decoded)
             self._decoded = None
 
-    def after_backward(self) -> None:
-        """Nothing: the next gather brings new weights."""
-
     def before_read(self) -> None:
         """All ranks together."""
         self.make_exact()
-
-    def after_step(self, step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Nothing: it happened inside the step."""
 
     def make_exact(self) -> None:
         """Let the model hold the exact weights until the next forward pass that trains; all ranks call it together.
