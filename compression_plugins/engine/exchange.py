@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -60,9 +60,9 @@ class UpdateExchange:
         """Parameters of the plan."""
         return [row.name for row in self._session.plan.rows]
 
-    def start(self, drifts: Vectors, moments: Sequence[Vectors], veto: bool) -> None:
+    def start(self, drifts: Vectors, moments: Sequence[Vectors], veto: bool) -> list[Work[Tensor]]:
         """Begin to replace `drifts` by what the schemes make of their mean, or where some rank has a veto by the mean
-        of the parameters themselves; and `moments` by their means.
+        of the parameters themselves; and `moments` by their means. The works that do it.
         """
         self._vetoed = False
         for bucket in self._buckets(drifts):
@@ -70,10 +70,6 @@ class UpdateExchange:
         for vectors in moments:
             for bucket in self._buckets(vectors):
                 self._start(replace(bucket, scheme=NoCompression()), vectors, None)
-
-    @property
-    def works(self) -> list[Work[Any]]:
-        """What `start` has started."""
         return [work for _, _, work in self._under_way]
 
     def finish(self) -> bool:

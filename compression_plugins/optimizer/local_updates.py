@@ -48,9 +48,9 @@ class Exchange(Protocol):
         """Parameters that are averaged."""
         ...
 
-    def start(self, drifts: Mapping[str, Tensor], moments: Sequence[Mapping[str, Tensor]], veto: bool) -> None:
+    def start(self, drifts: Mapping[str, Tensor], moments: Sequence[Mapping[str, Tensor]], veto: bool) -> list[Any]:
         """Begin to replace `drifts` by what the schemes make of their mean, or where some rank has a veto by the mean
-        of the parameters themselves; and `moments` by their means.
+        of the parameters themselves; and `moments` by their means. What is on its way, for who drives many ranks.
         """
         ...
 
@@ -193,8 +193,8 @@ class LocalUpdates(StepHook):
             self.finish_exchange()
 
     @torch.no_grad()
-    def start_exchange(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """The drift of this rank leaves."""
+    def start_exchange(self, optimizer: torch.optim.Optimizer | None = None) -> list[Any]:
+        """The drift of this rank leaves; what is on its way."""
         self._come_back()
         self._notice()
         for name in self._live():
@@ -204,7 +204,7 @@ class LocalUpdates(StepHook):
                 drift = self._drifts[name] = torch.empty_like(anchor)
             torch.sub(anchor if p.dtype == torch.float32 else anchor.to(p.dtype).float(), p, out=drift)
         moments = self._moments(optimizer) if self.outer.moments == "mean" and optimizer is not None else []
-        self._exchange.start({name: self._drifts[name] for name in self._live()}, moments, veto=self._edited)
+        return self._exchange.start({name: self._drifts[name] for name in self._live()}, moments, veto=self._edited)
 
     @torch.no_grad()
     def finish_exchange(self) -> None:

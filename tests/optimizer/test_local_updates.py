@@ -71,7 +71,7 @@ class Cluster:
             self.gradients(rank)
         if not self.sessions[0].reducer.local:
             self.average_gradients()
-        due = self.sessions[0].reducer.round_ends
+        due, works = self.sessions[0].reducer.round_ends, list[Any]()
         for model, optimizer, session, hook in zip(self.models, self.optimizers, self.sessions, self.hooks):
             if edit is not None:
                 edit(model)
@@ -81,16 +81,14 @@ class Cluster:
             if due and at_exchange is not None:
                 at_exchange(hook)
             if due:
-                hook.start_exchange(optimizer)
+                works += hook.start_exchange(optimizer)
         if due:
-            self.meet()
+            drive(works)
+            for hook in self.hooks:
+                hook.finish_exchange()
         for session in self.sessions:
             session.reducer.end_step()
         self.steps += 1
-
-    def meet(self) -> None:
-        drive([work for hook in self.hooks for work in hook._exchange.works])  # type: ignore[attr-defined]
-        finish_all(self)
 
     def average_gradients(self) -> None:
         for parameters in zip(*(model.parameters() for model in self.models)):
@@ -104,11 +102,6 @@ class Cluster:
 
 def own(hook: LocalUpdates) -> list[Tensor]:
     return [p.detach().clone() for p in hook._parameters.values()]
-
-
-def finish_all(cluster: Cluster) -> None:
-    for hook in cluster.hooks:
-        hook.finish_exchange()
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:

@@ -175,7 +175,7 @@ def _chosen(compression: Any) -> Any:
         announce(f"horovod: the script's own compression={name} is used, not the launcher's {configured.scheme.name!r}")
     if isinstance(compression, SchemeCompressor):
         config = compression.config
-        if config.scheme.host_dense and all(rule.scheme.host_dense for rule in config.rules):
+        if config.every == 1 and config.scheme.host_dense and all(rule.scheme.host_dense for rule in config.rules):
             return NoneCompressor  # nothing to compress: Horovod's own path
     return compression
 
