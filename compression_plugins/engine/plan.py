@@ -98,24 +98,29 @@ class Plan:
     buckets: tuple[Bucket, ...]
     rows: tuple[Row, ...]
 
-    def table(self, size: int) -> str:
+    def table(self, size: int, every: int = 1) -> str:
         """What is compressed, how, what `size` ranks will send, and what is not compressed and why; for the log at
         start-up.
+
+        Args:
+            every: steps that ranks take by themselves between exchanges, which are of weights then; 1: none.
         """
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
             groups.setdefault((_describe(row.scheme), row.reason), []).append(row)
-        sent = sum(bucket.wire_bytes(size) for bucket in self.buckets)
+        exchange = sum(bucket.wire_bytes(size) for bucket in self.buckets)
+        sent = exchange / every
+        rounds = f" ({exchange / 1e6:.3f} MB of weights every {every} steps)" if every > 1 else ""
         dense = sum(bucket.dense_bytes(size) for bucket in self.buckets)
         ratio = f", {dense / sent:.1f}x fewer than dense" if sent else ""
         lines = [
             f"{len(self.rows)} tensors, {sum(r.numel for r in self.rows):,} values, {len(self.buckets)} buckets, "
-            f"{sent / 1e6:.3f} MB per step and rank{ratio}"
+            f"{sent / 1e6:.3f} MB per step and rank{rounds}{ratio}"
         ]
         for (scheme, reason), rows in groups.items():
             names = {row.name for row in rows}
             mine = [bucket for bucket in self.buckets if bucket.segments[0].name in names]
-            part = sum(bucket.wire_bytes(size) for bucket in mine) if not reason else 0.0
+            part = sum(bucket.wire_bytes(size) for bucket in mine) / every if not reason else 0.0
             cost = f", {part / 1e6:.3f} MB" if part else ""
             some = f"{', '.join(r.name for r in rows[:3])}{', ...' if len(rows) > 3 else ''}"
             why = f" ({reason}: {some})" if reason else ""

@@ -176,7 +176,7 @@ class Session:
         """Say what will happen, where a host does so before it knows every model of the job."""
         if self._tally.speaks:
             size = self.reducer.transport.size
-            announce(f"{self.host}: {self.config.scheme.name} on {self._tally.ranks}{where}, {self.plan.table(size)}")
+            announce(f"{self.host}: {self.config.scheme.name} on {self._tally.ranks}{where}, {self.plan.table(size, self.config.every)}")
 
     def extend(self, parameters: Mapping[str, Tensor]) -> None:
         """Parameters have appeared, on every rank alike: they were unfrozen, or added to the optimizer."""
@@ -186,7 +186,7 @@ class Session:
         if self._makes_hooks:
             self.hooks += self._hooks_of(more)
         if self._tally.speaks:
-            announce(f"{self.host}: new parameters, {more.table(self.reducer.transport.size)}")
+            announce(f"{self.host}: new parameters, {more.table(self.reducer.transport.size, self.config.every)}")
 
     def _hooks_of(self, plan: Plan) -> list[StepHook]:
         chosen: dict[Any, dict[str, Tensor]] = {}
