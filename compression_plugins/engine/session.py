@@ -175,8 +175,8 @@ class Session:
     def announce(self, where: str = "") -> None:
         """Say what will happen, where a host does so before it knows every model of the job."""
         if self._tally.speaks:
-            size = self.reducer.transport.size
-            announce(f"{self.host}: {self.config.scheme.name} on {self._tally.ranks}{where}, {self.plan.table(size, self.config.every)}")
+            table = self.plan.table(self.reducer.transport.size, self.config.every)
+            announce(f"{self.host}: {self.config.scheme.name} on {self._tally.ranks}{where}, {table}")
 
     def extend(self, parameters: Mapping[str, Tensor]) -> None:
         """Parameters have appeared, on every rank alike: they were unfrozen, or added to the optimizer."""
