@@ -3,6 +3,7 @@
 scheme: scalecom        # any name that `compression-plugins schemes` lists
 ratio: 100              # keys of the scheme stand beside the general ones
 warmup_steps: 500
+direction: momentum     # what travels; a word, or {kind: momentum, momentum: 0.9}
 rules:                  # first match wins
   - {match: "embed*", scheme: qsgd, bits: 4}
   - {match: "head.weight", ratio: 25}
@@ -17,9 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from ..errors import ConfigError, nearest
+from ..optimizer.directions import GRADIENT, KINDS, Direction
 from ..schemes import registry
 from ..schemes.base import Scheme
 from .document import read_document
@@ -42,6 +44,9 @@ class Settings(BaseModel):
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="optimizer steps sent dense before compression")
     min_numel: Annotated[int, Field(ge=0)] = Field(1024, description="smaller tensors travel as they are")
     exempt: list[str] = Field([], description="name patterns (shell style) of tensors that travel as they are")
+    direction: SerializeAsAny[Direction] = Field(
+        GRADIENT, description="what travels: a word, or a mapping of `kind` and its parameters; `optimizer.directions`"
+    )
 
 
 class Rule(BaseModel):
@@ -86,7 +91,7 @@ class Config(Settings):
 
     def to_dict(self) -> dict[str, Any]:
         """The whole configuration as JSON-able values; `Config.load` of it gives an equal object."""
-        general = {key: getattr(self, key) for key in Settings.model_fields}
+        general = self.model_dump(mode="json", include=set(Settings.model_fields))
         rules = [{"match": r.match, **_scheme_dict(r.scheme)} for r in self.rules]
         return {**_scheme_dict(self.scheme), **general, "rules": rules}
 
@@ -137,11 +142,39 @@ def _build(document: dict[str, Any], where: str) -> Config:
     if not isinstance(rules, list):
         raise ConfigError(f"{where}: rules must be a list, not {type(rules).__name__}")
     built = tuple(_rule(rule, scheme, f"{where}: rules[{i}]") for i, rule in enumerate(rules))
+    if "direction" in general:
+        general["direction"] = _direction(general["direction"], where)
     try:
         settings = Settings(**general)
     except ValidationError as error:
         raise ConfigError(f"{where}: {_first(error)}") from None
-    return Config.model_construct(**settings.model_dump(), scheme=scheme, rules=built)
+    try:
+        settings.direction.check(settings.warmup_steps)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return Config.model_construct(**dict(settings), scheme=scheme, rules=built)
+
+
+def _direction(value: Any, where: str) -> Direction:
+    if isinstance(value, Direction):
+        return value
+    own = {"kind": value} if isinstance(value, str) else value
+    if not isinstance(own, Mapping) or not isinstance(own.get("kind"), str):
+        raise ConfigError(
+            f"{where}: direction is a word or a mapping with a text 'kind', for example {{kind: momentum, momentum: "
+            f"0.9}}, not {value!r}; valid: {', '.join(KINDS)}"
+        )
+    kind = own["kind"]
+    if kind not in KINDS:
+        raise ConfigError(f"{where}: unknown direction {kind!r}{nearest(kind, KINDS)}")
+    for key in own:
+        if key not in KINDS[kind].model_fields:
+            hint = nearest(key, KINDS[kind].model_fields)
+            raise ConfigError(f"{where}: unknown key {key!r} for direction {kind!r}{hint}")
+    try:
+        return KINDS[kind](**own)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: direction {kind!r}: {_first(error)}") from None
 
 
 def _rule(rule: Any, default: Scheme, where: str) -> Rule:

@@ -17,6 +17,7 @@ from .._version import __version__
 from ..config import Config
 from ..errors import UnsupportedError
 from ..optimizer.hooks import StepHook
+from ..optimizer.plain import check_plain
 from ..transports.base import Transport
 from . import loss_scale, patterns
 from .notice import announce
@@ -141,6 +142,16 @@ class Session:
         if size > 1:
             preload(self.config, self.plan, rank, size, sharded)
 
+    def check_optimizer(self, optimizer: Any) -> None:
+        """Call before `optimizer`, which holds parameters of this session, takes its first step.
+
+        Raises:
+            UnsupportedError: the configuration has the optimizer's work before the average, and this one would repeat
+                it.
+        """
+        if self.config.direction.formed:
+            check_plain(optimizer, f"{self.host} compression: direction: {self.config.direction.kind}")
+
     def start(self, transport: Transport) -> None:
         """Make the reducer over the ranks of `transport`, its memory empty; again when the set of ranks has changed."""
         if self._telemetry is None:
@@ -167,7 +178,9 @@ class Session:
         """Say what will happen, where a host does so before it knows every model of the job."""
         if self._tally.speaks:
             size = self.reducer.transport.size
-            announce(f"{self.host}: {self.config.scheme.name} on {self._tally.ranks}{where}, {self.plan.table(size)}")
+            of = f" of direction {self.config.direction.kind}" if self.config.direction.formed else ""
+            name = f"{self.config.scheme.name}{of}"
+            announce(f"{self.host}: {name} on {self._tally.ranks}{where}, {self.plan.table(size)}")
 
     def extend(self, parameters: Mapping[str, Tensor]) -> None:
         """Parameters have appeared, on every rank alike: they were unfrozen, or added to the optimizer."""

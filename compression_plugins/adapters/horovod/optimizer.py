@@ -8,7 +8,7 @@ scripts that name a compressor and for scripts that know nothing of it::
     horovodrun --compression scalecom -np 4 python train.py
 
 Importing this module installs it; a launch with `--compression` imports it by itself. Optimizers that use a stock
-compressor, or the scheme `none`, keep Horovod's own code.
+compressor, or the scheme `none` without a direction, keep Horovod's own code.
 
 What is kept from step to step (residuals) is this rank's own. It is not in `optimizer.state_dict()`, which Horovod
 broadcasts from rank 0: each rank saves and restores its own by `state_dict(optimizer)` and
@@ -168,7 +168,8 @@ def _chosen(compression: Any) -> Any:
         announce(f"horovod: the script's own compression={name} is used, not the launcher's {configured.scheme.name!r}")
     if isinstance(compression, SchemeCompressor):
         config = compression.config
-        if config.scheme.host_dense and all(rule.scheme.host_dense for rule in config.rules):
+        schemes = (config.scheme, *(rule.scheme for rule in config.rules))
+        if all(scheme.host_dense for scheme in schemes) and not config.direction.formed:
             return NoneCompressor  # nothing to compress: Horovod's own path
     return compression
 
@@ -198,7 +199,7 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         original(*call.args, **call.kwargs)
         optimizer = given["self"]
         optimizer._compression_session = HorovodSession(compression.config, optimizer)
-        if mpi_ops.size() == 1 and os.environ.get("HOROVOD_ELASTIC") != "1":
+        if mpi_ops.size() == 1 and not compression.config.direction.formed and os.environ.get("HOROVOD_ELASTIC") != "1":
             announce("horovod: one rank only; nothing is communicated or compressed")
 
     return __init__
