@@ -34,6 +34,8 @@ REFUSALS = {
     "typo": ("ConfigError", "'ration'", "'ratio'"),
     "not a mapping": ("ConfigError", "must be a mapping", "scheme"),
     "enabled": ("ConfigError", "enabled", "true or false"),
+    "shared moments": ("UnsupportedError", "frozen_adam needs the whole average", "zero_optimization.stage to 0"),
+    "second moments": ("UnsupportedError", "this SGD has momentum 0.9", "torch.optim.SGD(lr=...)"),
     "no rule matches": ("ConfigError", "'x*'", "matches none"),
     "another ratio": ("MismatchError", "rank 1 differs from rank 0", "config.ratio (10.0 on rank 0, 11.0 there)"),
     "another model": ("MismatchError", "rank 1 differs from rank 0", "tensors.weight"),
