@@ -121,6 +121,11 @@ def refuse_direction(engine: Any, config: Config, size: int) -> None:
             f"on one rank nothing is reduced, so no direction: {kind} is formed",
             "run on two ranks, or set direction to gradient and let the script's optimizer have the moments",
         ),
+        (
+            config.direction.formed and engine.gradient_clipping(),
+            f"gradient_clipping {engine.gradient_clipping()} would clip what direction: {kind} makes, not gradients",
+            "set gradient_clipping to 0, or direction to gradient",
+        ),
     ))  # fmt: skip
 
 

@@ -199,7 +199,13 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         original(*call.args, **call.kwargs)
         optimizer = given["self"]
         optimizer._compression_session = HorovodSession(compression.config, optimizer)
-        if mpi_ops.size() == 1 and not compression.config.direction.formed and os.environ.get("HOROVOD_ELASTIC") != "1":
+        if mpi_ops.size() == 1 and os.environ.get("HOROVOD_ELASTIC") != "1":
+            kind = compression.config.direction.kind
+            if compression.config.direction.formed:
+                raise UnsupportedError(
+                    f"horovod compression: on one rank nothing is reduced, so no direction: {kind} is formed: run on "
+                    "two ranks, or use direction: gradient and let the script's optimizer have the moments"
+                )
             announce("horovod: one rank only; nothing is communicated or compressed")
 
     return __init__

@@ -35,6 +35,7 @@ REFUSALS = {
     "not a mapping": ("ConfigError", "must be a mapping", "scheme"),
     "enabled": ("ConfigError", "enabled", "true or false"),
     "shared moments": ("UnsupportedError", "frozen_adam needs the whole average", "zero_optimization.stage to 0"),
+    "clipped": ("UnsupportedError", "would clip what direction: momentum makes", "gradient_clipping to 0"),
     "second moments": ("UnsupportedError", "this SGD has momentum 0.9", "torch.optim.SGD(lr=...)"),
     "no rule matches": ("ConfigError", "'x*'", "matches none"),
     "another ratio": ("MismatchError", "rank 1 differs from rank 0", "config.ratio (10.0 on rank 0, 11.0 there)"),

@@ -44,9 +44,11 @@ def cases() -> dict[str, tuple[dict, torch.nn.Module | None]]:
             {**zero(stage=1), "communication_compression": {**TOPK, "direction": "frozen_adam", "warmup_steps": 5}},
             None,
         ),
+        "clipped": ({"communication_compression": {**TOPK, "direction": "momentum"}}, None),
         "second moments": (
             {
                 "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}},
+                "gradient_clipping": 0.0,
                 "communication_compression": {**TOPK, "direction": "momentum"},
             },
             None,
