@@ -53,7 +53,7 @@ def test_a_frozen_variance_begins_as_adam(steps: list[dict[str, Any]]) -> None:
 
 
 def test_an_optimizer_with_moments_of_its_own_is_refused(steps: list[dict[str, Any]]) -> None:
-    said = same(steps, "an_optimizer_with_moments_of_its_own_is_refused")
+    (said,) = same(steps, "an_optimizer_with_moments_of_its_own_is_refused")
     assert "Adam is another optimizer: use torch.optim.SGD(lr=...), or direction: gradient" in said
 
 

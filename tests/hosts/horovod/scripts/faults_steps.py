@@ -8,6 +8,7 @@ import torch
 from faults_base import (
     REMEMBER,
     STOCK,
+    Compression,
     R,
     batch,
     bits,
@@ -155,9 +156,10 @@ def momentum_before_compression_is_taken_once() -> list[float]:
     dense = net()
     opt = wrap(dense, STOCK, base=torch.optim.SGD(dense.parameters(), lr=0.1, momentum=0.9))
     expected, gaps = clipped(dense, opt, 8, False), []
-    for scheme, keys in (("marsit", {"flush_steps": 1}), ("none", {})):
+    for keys in ({"scheme": "marsit", "flush_steps": 1, "min_numel": 0}, {"scheme": "none"}):
         model = net()
-        opt = wrap(model, compressor(scheme, direction={"kind": "momentum", "momentum": 0.9}, **keys), tag=scheme)
+        ours = Compression.load({**keys, "direction": {"kind": "momentum", "momentum": 0.9}})
+        opt = wrap(model, ours, tag=keys["scheme"])
         gaps.append(farthest(expected, clipped(model, opt, 8, False)))
     return gaps
 
@@ -171,13 +173,13 @@ def a_frozen_variance_begins_as_adam() -> float:
 
 
 @case()
-def an_optimizer_with_moments_of_its_own_is_refused() -> str:
+def an_optimizer_with_moments_of_its_own_is_refused() -> list[str]:
     model = net()
     try:
         wrap(model, compressor("topk", direction="adam"), base=torch.optim.Adam(model.parameters()))
     except ValueError as error:
-        return str(error)
-    return ""
+        return [str(error)]
+    return []
 
 
 @case(*SCHEMES)
