@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 @register
 class ScaleCom(Scheme):
-    """Cyclic local top-k (CLT-k): at each step one rank, in turn, chooses the coordinates for all.
+    """Cyclic local top-k (CLT-k): in each round one rank, in turn, chooses the coordinates for all.
 
-    The leader of step t is rank t mod n. `selection: chunk` keeps the largest of every `ratio` neighbours, in one pass;
+    The leader of round t is rank t mod n. `selection: chunk` keeps the largest of every `ratio` neighbours, in one pass;
     `exact` the k largest of the bucket. A low-pass filter damps the residual: m <- (1 - beta) m + beta (p - sent), here
     as p = g + beta r and r <- r + g - sent with r = m / beta, which is the same recursion.
 
@@ -48,7 +48,7 @@ class ScaleCom(Scheme):
 
     def mean(self, x: Tensor, call: Call) -> Reduction:
         choice = _Chunks if self.selection == "chunk" else _Exact
-        leader = call.clock.step % call.transport.size
+        leader = call.clock.round % call.transport.size
         selector = choice(x, self.ratio, Memory(alpha=self.beta), call.residual())
         places, values = yield from shared_index(
             call.transport,
