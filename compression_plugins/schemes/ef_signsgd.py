@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from ..codecs import Codec, Sign
-from ..core.memory import ERROR_FEEDBACK, Memory
+from ..core.memory import Memory
 from .base import Scheme
 from .registry import register
+
+if TYPE_CHECKING:
+    from ..collectives import Collective
 
 
 @register
 class EFSignSGD(Scheme):
     """Sends sign(p) and mean|p|, remembers the rest.
+
+    In two stages (`stages: 2`) the owner of a shard averages what it gets, codes the mean in the same way and remembers
+    what that takes away, as DoubleSqueeze does (Tang et al., 2019, arXiv 1905.05957): 2(n-1)/n bits a value instead of
+    n-1 from each of n ranks. Two ranks, and buckets so short that a round costs more than the bits, take one stage.
+    A `decay` below 1 lets what is remembered fade (p = g + decay r); it is not in the paper.
 
     The mean is taken per block rather than per layer: layers of one bucket keep their own size, and the kernel stays
     one pass. Memory is in gradient units (the learning rate is applied by the optimizer, after the average).
@@ -27,6 +35,8 @@ class EFSignSGD(Scheme):
     paper: ClassVar[str] = "Karimireddy et al., 2019, arXiv 1901.09847"
 
     block: Annotated[int, Field(ge=32, multiple_of=32)] = Field(1024, description="elements that share a scale")
+    stages: Literal[1, 2] = Field(2, description="1: all get all signs; 2: owners code the mean, where that sends less")
+    decay: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="of what is remembered, kept at each step")
 
     @property
     def says_zero(self) -> bool:
@@ -34,7 +44,13 @@ class EFSignSGD(Scheme):
 
     @property
     def memory(self) -> Memory | None:
-        return ERROR_FEEDBACK
+        return Memory(alpha=self.decay, decay=self.decay)
+
+    @property
+    def collective(self) -> Collective:
+        from ..collectives import GATHER, TWO_STAGE
+
+        return GATHER if self.stages == 1 else TWO_STAGE
 
     @property
     def codec(self) -> Codec:
