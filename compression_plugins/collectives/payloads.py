@@ -77,13 +77,13 @@ def _coded_mean(
     """The payload of the mean of a shard, by its owner, who remembers what coding it takes away.
 
     This is the second error memory of DoubleSqueeze (Tang et al., 2019, arXiv 1905.05957) without a place of its own.
-    The owner's part of its own shard does not travel, so it counts as it is, uncoded; an error of the mean counts n-fold
-    among n residuals, so the owner adds n times that to its own. In the next mean it is there again, once and whole:
-    what a separate memory would have added. The mean over ranks of all residuals is all that has not been sent, whoever
-    owns what later. Where the paper codes the own part too, this does not: n times the error would go through its code.
+    The owner's part of its own shard does not travel, so it counts as it is, where the paper codes it; an error of the
+    mean counts n-fold among n residuals, so the owner adds n times that to its own. In the next mean it is there again,
+    once and whole: what a separate memory would have added. The mean over ranks of all residuals is all that has not
+    been sent, whoever owns what later.
 
-    Signs on 8 ranks, digits, 784-128-10, 500 steps of SGD at 0.4, training loss of two seeds: one stage 0.136; this, and
-    a separate memory as published, 0.138; n times the error through a coded own part 0.140; no memory of it 0.171.
+    Signs on 8 ranks, digits, 784-128-10, 500 steps of SGD at 0.4, training loss of two seeds: one stage 0.136; this,
+    and a separate memory as published, 0.138; n times the error through a coded own part 0.140; no memory of it 0.171.
 
     Args:
         residual: of this shard.

@@ -22,6 +22,7 @@ class EFSignSGD(Scheme):
     In two stages (`stages: 2`) the owner of a shard averages what it gets, codes the mean in the same way and remembers
     what that takes away, as DoubleSqueeze does (Tang et al., 2019, arXiv 1905.05957): 2(n-1)/n bits a value instead of
     n-1 from each of n ranks. Two ranks, and buckets so short that a round costs more than the bits, take one stage.
+    What is coded twice comes later: learning rates that one stage just bears may be too large for two.
     A `decay` below 1 lets what is remembered fade (p = g + decay r); it is not in the paper.
 
     The mean is taken per block rather than per layer: layers of one bucket keep their own size, and the kernel stays
