@@ -20,6 +20,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "marsit": {"flush_steps": 3},
     "scalecom": {"ratio": 10, "beta": 0.5},
     "topk": {"ratio": 10.0},
+    "chunk_topk": {"ratio": 10, "block": 64},
     "randomk": {"ratio": 10},
     "qsgd": {"block": 64},
     "double_quantization": {"block": 64},

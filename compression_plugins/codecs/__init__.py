@@ -3,6 +3,7 @@
 from .base import Codec
 from .cast import Cast
 from .sign import Sign
+from .two_magnitudes import TwoMagnitudes
 from .uniform import Uniform
 
-__all__ = ["Cast", "Codec", "Sign", "Uniform"]
+__all__ = ["Cast", "Codec", "Sign", "TwoMagnitudes", "Uniform"]

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def place_bits(chunk: int) -> int:
+    """Bits of an offset inside a chunk of `chunk` elements."""
+    return max(1, (chunk - 1).bit_length())
+
+
 def chunk_scatter(indices: Tensor, values: Tensor, chunk: int, out: Tensor) -> Tensor:
     """`out` (fp32 [numel]), which becomes `values[i]` at place `indices[i]` of chunk i, and zero elsewhere.
 

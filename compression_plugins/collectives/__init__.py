@@ -6,6 +6,7 @@ from .dense import dense_mean
 from .fold import ring_fold
 from .half_mean import half_mean, half_mean_bits
 from .payloads import (
+    ALWAYS_TWO_STAGE,
     GATHER,
     TWO_STAGE,
     Collective,
@@ -21,6 +22,7 @@ from .shared_index import shared_index
 from .torus import square_rows, torus_fold
 
 __all__ = [
+    "ALWAYS_TWO_STAGE",
     "GATHER",
     "TWO_STAGE",
     "Collective",

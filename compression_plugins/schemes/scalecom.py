@@ -9,7 +9,7 @@ from pydantic import Field
 
 from .. import triton_kernels as K
 from .._lazy import torch
-from ..codecs.chunks import chunk_add, chunk_scatter
+from ..codecs.chunks import chunk_add, chunk_scatter, place_bits
 from ..codecs.largest import largest
 from ..collectives import dense_mean, half_mean, half_mean_bits, shared_index
 from ..core.call import Call, Reduction, Segment, total
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 @register
 class ScaleCom(Scheme):
-    """Cyclic local top-k (CLT-k): at each step one rank, in turn, chooses the coordinates for all.
+    """Cyclic local top-k (CLT-k): in each round one rank, in turn, chooses the coordinates for all.
 
-    The leader of step t is rank t mod n. `selection: chunk` keeps the largest of every `ratio` neighbours, in one pass;
-    `exact` the k largest of the bucket. A low-pass filter damps the residual: m <- (1 - beta) m + beta (p - sent), here
-    as p = g + beta r and r <- r + g - sent with r = m / beta, which is the same recursion.
+    The leader of round t is rank t mod n. `selection: chunk` keeps the largest of every `ratio` neighbours, in one
+    pass; `exact` the k largest of the bucket. A low-pass filter damps the residual: m <- (1 - beta) m + beta (p -
+    sent), here as p = g + beta r and r <- r + g - sent with r = m / beta, which is the same recursion.
 
     Wire: places from the leader, ceil(log2 ratio) bits per chunk (at least 1; `exact`: 32 bits per value), then an
     all-reduce of the kept values. `values: fp16` and `bf16` halve the latter: ranks still add in fp32, and what the
@@ -49,7 +49,7 @@ class ScaleCom(Scheme):
 
     def mean(self, x: Tensor, call: Call) -> Reduction:
         choice = _Chunks if self.selection == "chunk" else _Exact
-        leader = call.clock.step % call.transport.size
+        leader = call.clock.round % call.transport.size
         selector = choice(x, self.ratio, Memory(alpha=self.beta), call.residual())
         places, values = yield from shared_index(
             call.transport,
@@ -67,7 +67,7 @@ class ScaleCom(Scheme):
 
     def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
         kept = -(-total(segments) // self.ratio)
-        index_bits = 32 * -(-kept * _width(self.ratio) // 32) if self.selection == "chunk" else 32 * kept
+        index_bits = 32 * -(-kept * place_bits(self.ratio) // 32) if self.selection == "chunk" else 32 * kept
         around = (size - 1) / size
         values = 64 * kept * around if self.values == "fp32" else half_mean_bits(kept, size, self.values)
         return index_bits * around + values
@@ -82,13 +82,13 @@ class _Chunks:
 
     def select(self) -> tuple[Tensor, Tensor]:
         indices, values = K.chunk_select(self.x, self.ratio, **self.arguments)
-        return K.pack_bits(indices, _width(self.ratio)), values
+        return K.pack_bits(indices, place_bits(self.ratio)), values
 
     def gather(self, payload: Tensor) -> Tensor:
         return K.chunk_gather(self.x, self._unpack(payload), self.ratio, **self.arguments)
 
     def placeholder(self) -> Tensor:
-        nbytes = 4 * -(-self.kept * _width(self.ratio) // 32)
+        nbytes = 4 * -(-self.kept * place_bits(self.ratio) // 32)
         return torch.empty(nbytes, dtype=torch.uint8, device=self.x.device)
 
     def remember(self, payload: Tensor, lost: Tensor) -> None:
@@ -98,7 +98,7 @@ class _Chunks:
         return chunk_scatter(self._unpack(payload), values, self.ratio, self.x)
 
     def _unpack(self, payload: Tensor) -> Tensor:
-        return K.unpack_bits(payload, self.kept, _width(self.ratio))
+        return K.unpack_bits(payload, self.kept, place_bits(self.ratio))
 
 
 class _Exact:
@@ -131,8 +131,3 @@ class _Exact:
 
     def _checked(self, payload: Tensor) -> Tensor:
         return payload.view(torch.int32).long().clamp_(0, max(0, self.x.numel() - 1))
-
-
-def _width(ratio: int) -> int:
-    """Bits of an offset inside a chunk of `ratio` elements."""
-    return max(1, (ratio - 1).bit_length())

@@ -11,7 +11,7 @@ from .. import triton_kernels as K
 from .._lazy import torch
 from ..codecs.largest import largest
 from ..core.call import Call, Reduction, Segment, total
-from ..core.memory import ERROR_FEEDBACK, Memory, finite
+from ..core.memory import Memory, finite
 from .base import Scheme
 from .registry import register
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 class TopK(Scheme):
     """Every rank sends its own largest values with their places; the rest is remembered.
 
+    With a `decay` below 1 what is remembered fades, as in SparseLoCo (Sarfi et al., 2025, arXiv 2508.15706): m <- decay
+    m + g, and m less its largest values is kept. That is an addition of ours to the method.
+
     Payload: int32 places, then fp32 values; 64 bits for each kept value, received from every rank.
     """
 
@@ -31,21 +34,22 @@ class TopK(Scheme):
     suits_adam: ClassVar[bool] = False
 
     ratio: Annotated[float, Field(ge=1)] = Field(100.0, description="keep one value in so many")
+    decay: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="of what is remembered, kept at each step")
 
     @property
-    def memory(self) -> Memory | None:
-        return ERROR_FEEDBACK
+    def memory(self) -> Memory:
+        return Memory(alpha=self.decay, decay=self.decay)
 
     def mean(self, x: Tensor, call: Call) -> Reduction:
         residual = call.residual()
-        p = ERROR_FEEDBACK.compensate(x, residual)
+        p = self.memory.compensate(x, residual)
         p = p.where(finite(p), torch.nan)
         k = self._kept(x.numel())
         indices = largest(p, k)
         values = p[indices]
         decoded = torch.zeros_like(p)
         decoded[indices] = values
-        ERROR_FEEDBACK.update(x, residual, decoded)
+        self.memory.update(x, residual, decoded)
         payload = torch.cat([indices.to(torch.int32).view(torch.uint8), values.view(torch.uint8)])
         payloads = yield call.transport.all_gather(payload)
         result = x.zero_()

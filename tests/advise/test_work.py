@@ -61,7 +61,7 @@ def test_beyond_direct_ranks_operations_are_those_of_a_run_at_the_true_number(na
 
 
 def test_thousands_of_ranks_need_neither_their_memory_nor_their_time() -> None:
-    scheme = registry.get("ef_signsgd")()
+    scheme = registry.get("ef_signsgd")(stages=1)
     [work] = Profile(scheme, largest=1 << 20, steps=1).works(Bucket(scheme, SEGMENTS), 4096)
     marks, signs = work.operations
     assert marks.kind == signs.kind == "all_gather"
@@ -81,7 +81,7 @@ def test_the_decoder_of_an_all_gather_grows_with_the_ranks_and_the_encoder_does_
         )
 
     monkeypatch.setattr("compression_plugins.advise.work.record", timed)
-    profile = Profile(registry.get("ef_signsgd")(), largest=1 << 20, steps=0)
+    profile = Profile(registry.get("ef_signsgd")(stages=1), largest=1 << 20, steps=0)
     bucket = Bucket(profile.scheme, (Segment("w", 0, 1 << 22, (2048, 2048)),))
     few, many = (profile.works(bucket, size)[0] for size in (16, 1024))
     assert many.after_s == pytest.approx(64 * few.after_s, rel=0.02)

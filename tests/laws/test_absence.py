@@ -88,7 +88,7 @@ def test_what_no_rank_has_comes_back_as_zeros_and_its_memory_stays(
 def test_what_some_ranks_lack_is_averaged_with_zeros_to_the_same_bits_everywhere(
     name: str, variant: dict, size: int
 ) -> None:
-    """And with a memory, applied + remembered = came in, whoever lacks what."""
+    """And with a memory, applied + remembered = came in - decayed, whoever lacks what: that does not decay."""
     world, absence = World(config(name, **variant), size), random.Random(1)
     conserves = name in WITH_MEMORY
     came_in = torch.zeros(world.bucket.numel, dtype=torch.float64)
@@ -99,6 +99,9 @@ def test_what_some_ranks_lack_is_averaged_with_zeros_to_the_same_bits_everywhere
             absent = [[], *[NAMES] * (size - 1)]
         gradients = without(world, world.gradients(step), absent)
         before = [reducer.state_dict()["vectors"] for reducer in world.reducers]
+        if conserves:
+            held = [reducer.state.kept(world.bucket).clone() for reducer in world.reducers]
+            came_in -= (1 - variant.get("decay", 1.0)) * mean(without(world, held, absent))
         first, *others = world.reduce(gradients, absent=absent)
         for reducer in world.reducers:
             reducer.end_step()

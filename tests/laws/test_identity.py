@@ -73,6 +73,7 @@ COLLECTIVES = {
     "sum": lambda x, call: dense_mean(call, x),
     "gather": lambda x, call: gather_mean(Identity(), None, call, x),
     "gather with memory": lambda x, call: gather_mean(Identity(), ERROR_FEEDBACK, call, x),
+    "two_stage with memory": lambda x, call: two_stage(Identity(), ERROR_FEEDBACK, call, x),
     "two_stage": lambda x, call: two_stage(Identity(), None, call, x),
     "ring": fold,
     "torus": lambda x, call: fold(x, call, square_rows(call.transport.size)),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from compression_plugins.codecs import Codec, Sign, Uniform
+from compression_plugins.collectives import GATHER, TWO_STAGE, Collective
 from compression_plugins.core.memory import Memory
 from compression_plugins.schemes import registry
 from compression_plugins.schemes.base import Scheme
@@ -29,6 +30,7 @@ def variants(name: str) -> list[dict]:
     for key, field in registry.get(name).model_json_schema()["properties"].items():
         options = field.get("enum") or [f["const"] for f in field.get("anyOf", []) if "const" in f]
         choices += [{key: option} for option in options]
+        choices += [{key: 0.9}] if key == "decay" else []
     return choices
 
 
@@ -52,34 +54,41 @@ def test_all_ranks_end_with_identical_bits(name: str, variant: dict, size: int) 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize(("name", "variant"), [c for c in CASES if c.values[0] in WITH_MEMORY])
 def test_what_was_sent_plus_what_is_remembered_is_what_came_in(name: str, variant: dict, size: int) -> None:
-    conserve(World(config(name, **variant), size))
+    conserve(World(config(name, **variant), size), variant.get("decay", 1.0))
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_MEMORY if "decay" in registry.get(name).model_fields])
+def test_the_law_of_conservation_tells_one_decay_from_another(name: str) -> None:
+    with pytest.raises(AssertionError):
+        conserve(World(config(name, decay=0.9), 3), 0.91)
 
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize(
     "law", [Memory(decay=0.9), Memory(alpha=0.9, decay=0.9), Memory(alpha=0.5, decay=0.9, sent=0.5)], ids=str
 )
+@pytest.mark.parametrize("collective", [GATHER, TWO_STAGE], ids=["gather", "two stages"])
 @pytest.mark.parametrize("codec", [Sign(64), Uniform(2, 64)], ids=lambda codec: type(codec).__name__)
 def test_what_was_sent_and_what_is_remembered_are_what_came_in_less_what_decayed(
-    codec: Codec, law: Memory, size: int
+    codec: Codec, collective: Collective, law: Memory, size: int
 ) -> None:
-    """No scheme of this house lets memory decay, so toys do."""
+    """Laws that no scheme has, or not with this codec."""
     world = World(config("topk"), size)
-    parts = {"codec": property(lambda self: codec), "memory": property(lambda self: law), "mean": Scheme.mean}
-    toy = type("Toy", (type(world.bucket.scheme),), {**parts, "__module__": __name__})()
+    parts = {"codec": codec, "memory": law, "collective": collective}
+    own = {key: property(lambda self, value=value: value) for key, value in parts.items()}
+    toy = type("Toy", (type(world.bucket.scheme),), {**own, "mean": Scheme.mean, "__module__": __name__})()
     object.__setattr__(world.plan.buckets[0], "scheme", toy)
-    conserve(world)
+    conserve(world, law.decay, law.sent)
 
 
-def conserve(world: World) -> None:
+def conserve(world: World, decay: float, sends: float = 1.0) -> None:
     """Applied + remembered = came in - decayed, at every step."""
-    law = world.bucket.scheme.memory
     owed = torch.zeros(world.bucket.numel, dtype=torch.float64)
     sent = torch.zeros_like(owed)
     for step in range(8):
         gradients = world.gradients(step)
-        owed += mean(gradients) - (1 - law.decay) * world.memory()
-        sent += law.sent * world.step(gradients)[0].double()
+        owed += mean(gradients) - (1 - decay) * world.memory()
+        sent += sends * world.step(gradients)[0].double()
         torch.testing.assert_close(sent + world.memory(), owed, rtol=0, atol=2e-5)
     assert world.memory().norm() > 0, "else nothing was left to remember"
 

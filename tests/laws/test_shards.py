@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compression_plugins.codecs import Cast, Codec, Sign, Uniform
+from compression_plugins.codecs import Cast, Codec, Sign, TwoMagnitudes, Uniform
 from compression_plugins.collectives.shards import decode_shards, encode_shards, even_shards
 from compression_plugins.core.memory import ERROR_FEEDBACK, Vector
 from compression_plugins.schemes.signsgd import Vote
@@ -21,6 +21,7 @@ KEY = Key(seed=1, tensor=2, step=3, rank=0)
 CODECS: dict[str, Codec] = {
     "sign": Sign(64),
     "2 bits": Uniform(2, 32),
+    "two magnitudes": TwoMagnitudes(32),
     "4 bits": Uniform(4, 64, "l2"),
     "8 bits": Uniform(8, 96, rounding="nearest"),
     "16 bits": Uniform(16, 32, rounding="nearest"),

@@ -26,7 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     RING: {"scheme": "marsit", "form": "ring"},
     TORUS: {"scheme": "marsit", "form": "torus"},
     "signsgd": {"scheme": "signsgd"},
-    "ef_signsgd": {"scheme": "ef_signsgd"},
+    "ef_signsgd": {"scheme": "ef_signsgd", "stages": 1},
     "ssdm": {"scheme": "ssdm"},
     CASCADE: {"scheme": "cascading_ssdm"},
 }

@@ -45,7 +45,7 @@ METHODS = {
     "marsit": Method("marsit", keys=_OFTEN),
     "marsit, ring": Method("marsit", keys=(*_OFTEN, "form=ring")),
     "signsgd": Method("signsgd", keys=("magnitude=0.001",)),
-    "ef_signsgd": Method("ef_signsgd"),
+    "ef_signsgd": Method("ef_signsgd", keys=("stages=1",)),
     "ssdm": Method("ssdm", 1e-4),
     "cascading_ssdm": Method("cascading_ssdm", 1e-4),
 }
