@@ -88,19 +88,14 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """JSON-able; `from_record` reads it."""
-        return {
-            **asdict(self.job),
-            "config": dict(METHODS[self.job.method].config),
-            **{k: getattr(self, k) for k in _OWN},
-        }
+        return {**asdict(self.job), "config": document(self.job), **{key: getattr(self, key) for key in _OWN}}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Run | None:
-        """None for a record of a method that is no longer what it was."""
-        method = METHODS.get(record["method"])
-        if method is None or record["config"] != method.config:
-            return None
+        """None for a record of a method that is gone, or no longer what it was."""
         job = Job(**{each.name: record[each.name] for each in fields(Job)})
+        if job.method not in METHODS or record["config"] != document(job):
+            return None
         return cls(job, **{key: record[key] for key in _OWN})
 
 
