@@ -11,7 +11,7 @@ The wire serves operations one after the other. On a CPU, what moves bytes takes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config import Config
 from ..engine.plan import Bucket, make_plan
@@ -68,7 +68,7 @@ def step(
         model_side: seconds per step for weights of so many elements, of a scheme that also quantizes these.
     """
     machine = machine or Machine()
-    if config is None or (config.scheme.host_dense and not config.rules):
+    if config is None or (config.scheme.host_dense and not config.rules and not config.direction.formed):
         return _dense(compute, network, host, machine)
     plan = make_plan(config, compute.specs)
     buckets = list(plan.buckets) if host == "horovod" else _parts(plan.buckets)
@@ -163,8 +163,8 @@ def _parts(buckets: Sequence[Bucket]) -> list[Bucket]:
     for bucket in buckets:
         groups.setdefault((bucket.scheme, bucket.device), []).append(bucket)
     return [
-        Bucket(scheme, tuple(segment for bucket in members for segment in bucket.segments), device)
-        for (scheme, device), members in groups.items()
+        replace(members[0], segments=tuple(segment for bucket in members for segment in bucket.segments))
+        for members in groups.values()
     ]
 
 

@@ -3,6 +3,7 @@
 scheme: scalecom        # any name that `compression-plugins schemes` lists
 ratio: 100              # keys of the scheme stand beside the general ones
 warmup_steps: 500
+direction: momentum     # what travels; a word, or {kind: momentum, momentum: 0.9}
 rules:                  # first match wins
   - {match: "embed*", scheme: qsgd, bits: 4}
   - {match: "head.weight", ratio: 25}
@@ -17,9 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from ..errors import ConfigError, nearest
+from ..optimizer.directions import GRADIENT, KINDS, Direction
 from ..schemes import registry
 from ..schemes.base import Scheme
 from .document import read_document
@@ -59,6 +61,9 @@ class Settings(BaseModel):
         1, description="optimizer steps that each rank takes by itself between exchanges; 1: gradients travel in each"
     )
     outer: Outer = Field(Outer(), description="of every > 1: what becomes of the mean drift of the weights")
+    direction: SerializeAsAny[Direction] = Field(
+        GRADIENT, description="what travels: a word, or a mapping of `kind` and its parameters; `optimizer.directions`"
+    )
 
 
 class Rule(BaseModel):
@@ -103,8 +108,7 @@ class Config(Settings):
 
     def to_dict(self) -> dict[str, Any]:
         """The whole configuration as JSON-able values; `Config.load` of it gives an equal object."""
-        general = {key: getattr(self, key) for key in Settings.model_fields}
-        general["outer"] = self.outer.model_dump()
+        general = self.model_dump(mode="json", include=set(Settings.model_fields))
         rules = [{"match": r.match, **_scheme_dict(r.scheme)} for r in self.rules]
         return {**_scheme_dict(self.scheme), **general, "rules": rules}
 
@@ -155,16 +159,54 @@ def _build(document: dict[str, Any], where: str) -> Config:
     if not isinstance(rules, list):
         raise ConfigError(f"{where}: rules must be a list, not {type(rules).__name__}")
     built = tuple(_rule(rule, scheme, f"{where}: rules[{i}]") for i, rule in enumerate(rules))
+    if "direction" in general:
+        general["direction"] = _direction(general["direction"], where)
     try:
         settings = Settings(**general)
     except ValidationError as error:
         raise ConfigError(f"{where}: {_first(error)}") from None
-    if settings.every == 1 and settings.outer != Outer():
-        raise ConfigError(f"{where}: outer is what becomes of local steps, and there are none: set every to 2 or more")
-    if settings.outer.nesterov and not settings.outer.momentum:
-        raise ConfigError(f"{where}: outer.nesterov needs a momentum: set outer.momentum, or leave nesterov at false")
-    general = {key: getattr(settings, key) for key in Settings.model_fields}
-    return Config.model_construct(**general, scheme=scheme, rules=built)
+    try:
+        settings.direction.check(settings.warmup_steps)
+        _check_rounds(settings)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return Config.model_construct(**dict(settings), scheme=scheme, rules=built)
+
+
+def _check_rounds(settings: Settings) -> None:
+    """What `every`, `outer` and `direction` rule out for each other."""
+    outer, direction = settings.outer, settings.direction
+    if settings.every == 1 and outer != Outer():
+        raise ConfigError("outer is what becomes of local steps, and there are none: set every to 2 or more")
+    if outer.nesterov and not outer.momentum:
+        raise ConfigError("outer.nesterov needs a momentum: set outer.momentum, or leave nesterov at false")
+    if settings.every > 1 and direction.formed:
+        raise ConfigError(
+            f"with every: {settings.every} gradients do not travel, so no direction: {direction.kind} is formed: "
+            "leave direction at gradient and let the script's optimizer have the moments, or set every to 1"
+        )
+
+
+def _direction(value: Any, where: str) -> Direction:
+    if isinstance(value, Direction):
+        return value
+    own = {"kind": value} if isinstance(value, str) else value
+    if not isinstance(own, Mapping) or not isinstance(own.get("kind"), str):
+        raise ConfigError(
+            f"{where}: direction is a word or a mapping with a text 'kind', for example {{kind: momentum, momentum: "
+            f"0.9}}, not {value!r}; valid: {', '.join(KINDS)}"
+        )
+    kind = own["kind"]
+    if kind not in KINDS:
+        raise ConfigError(f"{where}: unknown direction {kind!r}{nearest(kind, KINDS)}")
+    for key in own:
+        if key not in KINDS[kind].model_fields:
+            hint = nearest(key, KINDS[kind].model_fields)
+            raise ConfigError(f"{where}: unknown key {key!r} for direction {kind!r}{hint}")
+    try:
+        return KINDS[kind](**own)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: direction {kind!r}: {_first(error)}") from None
 
 
 def _rule(rule: Any, default: Scheme, where: str) -> Rule:

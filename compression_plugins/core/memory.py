@@ -15,6 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .._lazy import torch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -76,6 +78,14 @@ def nan_unless(healthy: Tensor, x: Tensor) -> Tensor:
     if x.is_cpu:
         return x if healthy else x.fill_(float("nan"))
     return x.masked_fill_(~healthy, float("nan"))
+
+
+def restore_unless(healthy: Tensor, vector: Vector) -> None:
+    """Where the bool scalar `healthy` is false, `vector.new` becomes `vector.old`. Branches as above."""
+    if not vector.new.is_cpu:
+        torch.where(healthy, vector.new, vector.old, out=vector.new)
+    elif not healthy:
+        vector.new.copy_(vector.old)
 
 
 def finite(x: Tensor) -> Tensor:

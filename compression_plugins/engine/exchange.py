@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..collectives import dense_mean
 from ..config import Config
-from ..schemes.base import NoCompression
+from ..optimizer.directions import GRADIENT
 from .driver import Work
 from .plan import Bucket, Plan
 from .reducer import Reducer
@@ -69,7 +69,7 @@ class UpdateExchange:
             self._start(bucket, drifts, veto)
         for vectors in moments:
             for bucket in self._buckets(vectors):
-                self._start(replace(bucket, scheme=NoCompression()), vectors, None)
+                self._start(bucket, vectors, None)
         return [work for _, _, work in self._under_way]
 
     def finish(self) -> bool:
@@ -91,10 +91,11 @@ class UpdateExchange:
         for bucket in self._session.plan.buckets:
             segments = tuple(segment for segment in bucket.segments if segment.name in vectors)
             if segments:
-                found.append(replace(bucket, segments=segments, dtype="float32", role="update"))
+                found.append(replace(bucket, segments=segments, dtype="float32", role="update", direction=GRADIENT))
         return found
 
     def _start(self, bucket: Bucket, vectors: Vectors, veto: bool | None) -> None:
+        """With `veto` None exactly, come what may."""
         parameters = self._session.parameters
         frozen = frozenset(s.name for s in bucket.segments if not parameters[s.name].requires_grad)
 
@@ -106,8 +107,9 @@ class UpdateExchange:
                 result = yield from dense_mean(call, _flat(bucket, parameters))
             return result
 
+        exact = veto is None
         work = self._session.reducer.start(
-            bucket, _flat(bucket, vectors), absent=frozen, around=None if veto is None else or_exactly
+            bucket, _flat(bucket, vectors), absent=frozen, exact=exact, around=None if exact else or_exactly
         )
         self._under_way.append((bucket, vectors, work))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..schemes.base import NoCompression
 from . import loss_scale
 from .driver import Work
 from .plan import Bucket, Plan
@@ -132,13 +131,12 @@ class Fillings:
 
     def _start(self, filling: _Filling) -> None:
         bucket, reducer = filling.bucket, self._reducer
-        scheme = NoCompression() if filling.exact else reducer.scheme_of(bucket)
-        own = getattr(torch, bucket.dtype) if scheme.host_dense else torch.float32
-        flat = filling.flat(own)
-        scale = None if scheme.host_dense else loss_scale.current()
+        as_is = filling.exact or reducer.as_is(bucket)
+        flat = filling.flat(getattr(torch, bucket.dtype) if as_is else torch.float32)
+        scale = None if as_is else loss_scale.current()
         if scale is not None:
             flat.div_(scale)
-        filling.work = reducer.start(bucket, flat, absent=frozenset(filling.absent), scheme=scheme)
+        filling.work = reducer.start(bucket, flat, absent=frozenset(filling.absent), exact=filling.exact)
 
         def done(average: Tensor) -> None:
             if scale is not None:

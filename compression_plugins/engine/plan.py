@@ -14,7 +14,8 @@ from typing import NamedTuple
 from ..config import Config
 from ..core.call import Role, Segment, total
 from ..errors import nearest
-from ..schemes.base import Scheme
+from ..optimizer.directions import GRADIENT, Direction
+from ..schemes.base import NoCompression, Scheme
 from .marks import marks_bits
 
 _BUCKETS, _SMALLEST_MB, _LARGEST_MB = 4, 2.0, 25.0  # of `bucket_mb: auto`
@@ -53,8 +54,8 @@ class Row(NamedTuple):
 class Bucket:
     """Tensors that are compressed and sent as one flat vector, in the order of `segments`.
 
-    The vector is fp32 where a scheme compresses, and of the tensors' own `dtype` where it does not. With `sharded` each
-    rank gets the average of its own shard only.
+    The vector is fp32 where a scheme compresses or a `direction` is formed, and of the tensors' own `dtype` otherwise.
+    With `sharded` each rank gets the average of its own shard only.
     """
 
     scheme: Scheme
@@ -63,6 +64,7 @@ class Bucket:
     dtype: str = "float32"
     role: Role = "gradient"
     sharded: bool = False
+    direction: Direction = GRADIENT
 
     @cached_property
     def numel(self) -> int:
@@ -80,11 +82,12 @@ class Bucket:
         if not self.numel:
             return 0.0
         bits = (self.scheme.scatter_bits if self.sharded else self.scheme.wire_bits)(self.segments, size)
-        if self.scheme.host_dense:
+        if self.scheme.host_dense and not self.direction.formed:
             bits *= _BYTES.get(self.dtype, 4) / 4
         if not self.scheme.says_zero:
             bits += marks_bits(self.segments, size)
-        return bits / 8
+        share = self.direction.exact_share
+        return ((1 - share) * bits + share * NoCompression().wire_bits(self.segments, size)) / 8
 
     def dense_bytes(self, size: int) -> float:
         """The same for a dense ring in the tensors' own dtype."""
@@ -166,7 +169,7 @@ def _nearest(pattern: str, names: Sequence[str]) -> str:
 def _decide(config: Config, spec: TensorSpec) -> Row:
     row = _choose(config, spec)
     if not row.scheme.host_dense and spec.dtype not in _COMPRESSED:
-        return Row(spec.name, spec.numel, config.scheme.dense, f"{spec.dtype} is wider than what is compressed")
+        return Row(spec.name, spec.numel, NoCompression(), f"{spec.dtype} is wider than what is compressed")
     return row
 
 
@@ -182,7 +185,7 @@ def _choose(config: Config, spec: TensorSpec) -> Row:
         reason = f"below min_numel {config.min_numel}"
     if not reason and len(spec.shape) < 2:
         reason = "fewer than 2 dimensions"
-    return Row(spec.name, spec.numel, config.scheme.dense if reason else config.scheme, reason)
+    return Row(spec.name, spec.numel, NoCompression() if reason else config.scheme, reason)
 
 
 def bucket_numel(config: Config, specs: Sequence[TensorSpec]) -> int:
@@ -204,12 +207,16 @@ def _pack(config: Config, specs: Sequence[TensorSpec], rows: Sequence[Row]) -> t
         key = (_describe(row.scheme), spec.device, spec.dtype)
         segments = open_.get(key, [])
         if segments and total(segments) + spec.numel > limit:
-            done.append(Bucket(schemes[key], tuple(segments), *key[1:]))
+            done.append(Bucket(schemes[key], tuple(segments), *key[1:], direction=config.direction))
             segments = []
         schemes[key] = row.scheme
         row_numel = spec.numel // spec.shape[0] if len(spec.shape) > 1 and spec.shape[0] else 0
         open_[key] = [*segments, Segment(spec.name, 0, spec.numel, tuple(spec.shape), row_numel)]
-    done.extend(Bucket(schemes[key], tuple(segments), *key[1:]) for key, segments in open_.items() if segments)
+    done.extend(
+        Bucket(schemes[key], tuple(segments), *key[1:], direction=config.direction)
+        for key, segments in open_.items()
+        if segments
+    )
     order = {spec.name: i for i, spec in enumerate(specs)}
     return tuple(sorted(done, key=lambda bucket: -min(order[s.name] for s in bucket.segments)))
 

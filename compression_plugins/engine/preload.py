@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..config import Config
+from ..optimizer.directions import GRADIENT
 from ..transports.echo import EchoTransport
 from .plan import Bucket, Plan
 from .reducer import Reducer
@@ -23,7 +26,8 @@ def preload(config: Config, plan: Plan, rank: int, size: int, sharded: bool = Fa
     Args:
         sharded: as a reduce-scatter, the form that ZeRO uses, rather than an all-reduce.
     """
-    compressed = [bucket for bucket in plan.buckets if not bucket.scheme.host_dense]
+    config = config.model_copy(update={"direction": GRADIENT})  # the others may begin with dense steps
+    compressed = [replace(b, direction=GRADIENT) for b in plan.buckets if not b.scheme.host_dense]
     for scheme, device in dict.fromkeys((bucket.scheme, bucket.device) for bucket in compressed):
         lengths = {b.numel: b for b in compressed if (b.scheme, b.device) == (scheme, device)}
         for numel in {min(lengths), max(lengths)}:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 from ..config import Config
 from ..core.call import Call, Reduction
 from ..core.clock import Clock
-from ..core.memory import finite
+from ..core.memory import finite, restore_unless
 from ..core.streams import Purpose, stream
-from ..errors import CompressionError
-from ..schemes.base import Scheme
+from ..errors import CompressionError, UnsupportedError
+from ..optimizer.directions import GRADIENT
+from ..schemes.base import NoCompression, Scheme
 from ..transports.base import Transport
 from ..triton_kernels import Key
 from .driver import Engine, Work
@@ -86,7 +88,13 @@ class Reducer:
 
     def scheme_of(self, bucket: Bucket) -> Scheme:
         """What reduces `bucket` in this step."""
-        return bucket.scheme.dense if self.warming else bucket.scheme
+        return NoCompression() if self.warming else bucket.scheme
+
+    def as_is(self, bucket: Bucket) -> bool:
+        """Whether `bucket` travels as the host has it in this step: in its own dtype, scaled as its loss is. All else
+        is fp32, in units of the unscaled loss.
+        """
+        return self.scheme_of(bucket).host_dense and not bucket.direction.formed
 
     def start(
         self,
@@ -94,7 +102,7 @@ class Reducer:
         flat: Tensor,
         shards: Sequence[int] | None = None,
         absent: frozenset[str] = frozenset(),
-        scheme: Scheme | None = None,
+        exact: bool = False,
         around: Callable[[Reduction, Call], Reduction] | None = None,
     ) -> Work[Tensor]:
         """Start to average `flat` over ranks.
@@ -104,17 +112,18 @@ class Reducer:
         Where the transport is ordered, every rank must start the same buckets in the same order.
 
         Args:
-            flat: [bucket.numel], of the bucket's dtype: fp32 for whatever is compressed.
+            flat: [bucket.numel]: fp32, or what `as_is` says.
             shards: elements that each rank owns, in rank order: only this rank's shard of the result has meaning.
             absent: parameters of which this rank has no gradient, here zeros: it keeps what it remembers of them to
                 itself. On a CPU a gradient that is zero everywhere counts as absent too; on a GPU looking would mean
                 waiting.
-            scheme: in the place of the bucket's own, for a reduction that must be exact.
+            exact: average what `flat` holds, without compression, direction or a trace in the state.
             around: makes one program of the scheme's and what else belongs to this reduction.
 
         Raises:
-            CompressionError: `flat` or `shards` does not fit the bucket.
-            UnsupportedError: a local direction meets a second reduction of the bucket within one step.
+            CompressionError: `flat`, `shards` or the configuration does not fit the bucket.
+            UnsupportedError: a direction meets a second reduction of the bucket within one step, or shards where it
+                needs the whole average.
         """
         if flat.shape != (bucket.numel,):
             raise CompressionError(
@@ -124,8 +133,18 @@ class Reducer:
             raise CompressionError(
                 f"shards {list(shards)} do not cover {bucket.numel} elements on {self.transport.size} ranks"
             )
+        if bucket.role == "gradient" and bucket.direction != self.config.direction:
+            raise CompressionError(
+                f"a bucket of direction {bucket.direction.kind!r} is not one of the configuration's, "
+                f"{self.config.direction.kind!r}"
+            )
+        if shards is not None and bucket.direction.shared:
+            raise UnsupportedError(
+                f"direction: {bucket.direction.kind} needs the whole average on every rank, not a shard of it: use "
+                "direction: gradient, or an all-reduce"
+            )
         self._dense += flat.numel() * flat.element_size()
-        return self.engine.run(self._program(bucket, flat, shards, absent, scheme or self.scheme_of(bucket), around))
+        return self.engine.run(self._program(bucket, flat, shards, absent, exact, around))
 
     def reduce(self, bucket: Bucket, flat: Tensor, shards: Sequence[int] | None = None) -> Tensor:
         """`start`, then wait for the average, [bucket.numel]. Arguments and errors as there."""
@@ -192,14 +211,17 @@ class Reducer:
         flat: Tensor,
         shards: Sequence[int] | None,
         absent: frozenset[str],
-        scheme: Scheme,
+        exact: bool,
         around: Callable[[Reduction, Call], Reduction] | None,
     ) -> Reduction:
-        """The life of one reduction: local direction, the scheme's own program, marks of zeros, and its end."""
+        """The life of one reduction: the direction, inside it the scheme's own program, and its end."""
         use = self._uses[bucket.id] = self._uses.get(bucket.id, -1) + 1
         if not bucket.numel:
             return flat
-        absent |= self._zero_tensors(bucket, flat)
+        direction = GRADIENT if exact else bucket.direction
+        scheme = NoCompression() if exact else self.scheme_of(bucket)
+        # With shared moments a rank without a gradient has something to say all the same.
+        absent = frozenset() if direction.shared else absent | self._zero_tensors(bucket, flat)
         slots = CallSlots(self.state, bucket, bucket.role, absent)
         call = Call(
             transport=self.transport.scoped(f"{bucket.id:08x}"),
@@ -211,19 +233,25 @@ class Reducer:
             role=bucket.role,
             absent=absent,
         )
+        rounds = call.clock.round - direction.exact_rounds(call.clock.round)  # of the scheme itself
+        scheme_call = replace(call, clock=call.clock._replace(round=rounds))
+
+        def run(x: Tensor, exact: bool) -> Reduction:
+            own = NoCompression() if exact else scheme
+            result = yield from _average(own, x, scheme_call)
+            if direction.shared and own.memory:
+                restore_unless(finite(result), call.residual())  # also where the bad gradient was another rank's
+            return result
+
         try:
-            if scheme.local_direction is not None:
-                scheme.local_direction.apply(flat, finite(flat), call)
-            program = scheme.mean(flat, call) if shards is None else scheme.scatter_mean(flat, call)
-            if not scheme.says_zero:
-                program = marked(program, flat, call, call.residual() if scheme.memory else None)
+            program = direction.mean(flat, call, run)
             return (yield from (around(program, call) if around else program))
         finally:
             slots.close()
 
     def _zero_tensors(self, bucket: Bucket, flat: Tensor) -> frozenset[str]:
         """Names of the segments that are zero everywhere."""
-        if not flat.is_cpu or bucket.scheme.host_dense:
+        if not flat.is_cpu or (bucket.scheme.host_dense and not bucket.direction.formed):
             return frozenset()
         places = self._samples.get(bucket)
         if places is None:
@@ -249,6 +277,14 @@ class Reducer:
             seconds=self.engine.seconds,
             skipped=skipped,
         )
+
+
+def _average(scheme: Scheme, x: Tensor, call: Call) -> Reduction:
+    """The scheme's own program, with marks of zeros where its code has no word for them."""
+    program = scheme.mean(x, call) if call.shards is None else scheme.scatter_mean(x, call)
+    if not scheme.says_zero:
+        program = marked(program, x, call, call.residual() if scheme.memory else None)
+    return (yield from program)
 
 
 def _sample_places(bucket: Bucket) -> Tensor:

@@ -18,6 +18,7 @@ from ..config import Config
 from ..errors import UnsupportedError
 from ..optimizer.hooks import StepHook
 from ..optimizer.local_updates import LocalUpdates, Outer
+from ..optimizer.plain import check_plain
 from ..transports.base import Transport
 from . import loss_scale, patterns
 from .exchange import UpdateExchange
@@ -146,6 +147,16 @@ class Session:
         if size > 1:
             preload(self.config, self.plan, rank, size, sharded)
 
+    def check_optimizer(self, optimizer: Any) -> None:
+        """Call before `optimizer`, which holds parameters of this session, takes its first step.
+
+        Raises:
+            UnsupportedError: the configuration has the optimizer's work before the average, and this one would repeat
+                it.
+        """
+        if self.config.direction.formed:
+            check_plain(optimizer, f"{self.host} compression: direction: {self.config.direction.kind}")
+
     def start(self, transport: Transport) -> None:
         """Make the reducer over the ranks of `transport`, its memory empty; again when the set of ranks has changed."""
         if self._telemetry is None:
@@ -175,8 +186,9 @@ class Session:
     def announce(self, where: str = "") -> None:
         """Say what will happen, where a host does so before it knows every model of the job."""
         if self._tally.speaks:
-            size = self.reducer.transport.size
-            announce(f"{self.host}: {self.config.scheme.name} on {self._tally.ranks}{where}, {self.plan.table(size, self.config.every)}")
+            table = self.plan.table(self.reducer.transport.size, self.config.every)
+            of = f" of direction {self.config.direction.kind}" if self.config.direction.formed else ""
+            announce(f"{self.host}: {self.config.scheme.name}{of} on {self._tally.ranks}{where}, {table}")
 
     def extend(self, parameters: Mapping[str, Tensor]) -> None:
         """Parameters have appeared, on every rank alike: they were unfrozen, or added to the optimizer."""

@@ -1,1 +1,1 @@
-"""What happens beside the reduction of gradients: local directions before it, hooks around the step."""
+"""What happens beside the reduction of gradients: directions around it, hooks around the step."""

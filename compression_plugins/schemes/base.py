@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from ..codecs import Codec
     from ..collectives import Collective
-    from ..optimizer.directions import Direction
     from ..optimizer.hooks import StepHook
     from ..optimizer.weight_law import WeightLaw
 
@@ -79,16 +78,6 @@ class Scheme(BaseModel):
     def operations(self) -> frozenset[Operation]:
         """What this scheme can do; a host that needs more refuses it at start-up."""
         return _OF_ITS_OWN if self.codec is None else _OF_A_CODEC
-
-    @property
-    def local_direction(self) -> Direction | None:
-        """What each rank makes of its own gradient before anything is compressed; None: nothing."""
-        return None
-
-    @property
-    def dense(self) -> Scheme:
-        """What averages exempt tensors, and all tensors during the warm-up."""
-        return NoCompression()
 
     @property
     def weight_law(self) -> WeightLaw | None:

@@ -14,14 +14,11 @@ from ..core.call import Call, Program, Reduction, Segment, total
 from ..core.memory import ERROR_FEEDBACK, Memory, Vector, finite, nan_unless, zero_unless
 from ..core.streams import Purpose, of
 from ..errors import UnsupportedError
-from ..optimizer.directions import Adam, Direction, Momentum
 from .base import Scheme
 from .registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 @register
@@ -35,12 +32,7 @@ class Marsit(Scheme):
     same along rows, then columns: fewer hops) and `one_hot` (each rank keeps only the bits that a shared random key
     assigns to it; words are then summed by an ordinary all-reduce, no carry can occur). They send the same bytes.
 
-    `direction: momentum` or `adam` puts the optimizer before the compression, where the paper has it: every rank keeps
-    its own moments (4 or 8 more bytes per value) and the direction takes the gradient's place, for exempt tensors and
-    warm-up steps too. The script's optimizer must then be plain SGD, `torch.optim.SGD(lr=...)`. With `flush_steps: 1`,
-    momentum is SGD(momentum) on the averaged gradient, for momentum is linear; adam is the mean of the ranks' own Adam
-    directions, which is another method than Adam on the averaged gradient. Moments are in units of the unscaled
-    loss, with one `torch.amp.GradScaler` and with DeepSpeed's fp16.
+    The general key `direction: momentum` or `adam` puts the optimizer before the compression, where the paper has it.
 
     Departures from the paper. The memory is in units of what is averaged: the optimizer applies its learning rate after
     the average. The paper's step `eta_s` is one constant; `auto` sets it per tensor at each flush to the ranks' mean
@@ -64,22 +56,13 @@ class Marsit(Scheme):
     rows: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="rows of the torus, a divisor of the number of ranks; auto: nearest to a square"
     )
-    direction: Literal["gradient", "momentum", "adam"] = Field(
-        "gradient", description="what each rank averages; momentum, adam: the script's optimizer is plain SGD"
-    )
-    momentum: _Decay = Field(0.9, description="decay of direction: momentum, as in torch.optim.SGD")
-    betas: tuple[_Decay, _Decay] = Field(
-        (0.9, 0.999), strict=False, description="decays of direction: adam, as in torch.optim.Adam"
-    )
-    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="of direction: adam, as in torch.optim.Adam")
 
-    @field_validator("rows", "momentum", "betas", "eps")
+    @field_validator("rows")
     @classmethod
     def _is_used(cls, value: Any, info: ValidationInfo) -> Any:
         """A key that another key makes meaningless may only have its default."""
-        key, word = _USED_BY[str(info.field_name)]
-        if value != cls.model_fields[str(info.field_name)].default and info.data.get(key, word) != word:
-            raise ValueError(f"only {key}: {word} has it, not {key}: {info.data[key]}")
+        if value != "auto" and info.data.get("form", "torus") != "torus":
+            raise ValueError(f"only form: torus has it, not form: {info.data['form']}")
         return value
 
     @property
@@ -89,17 +72,6 @@ class Marsit(Scheme):
     @property
     def says_zero(self) -> bool:
         return self.memory is None
-
-    @property
-    def local_direction(self) -> Direction | None:
-        if self.direction == "momentum":
-            return Momentum(self.momentum)
-        return Adam(self.betas, self.eps) if self.direction == "adam" else None
-
-    @property
-    def dense(self) -> Scheme:
-        """Exact averages, of the same kind of direction that compressed tensors get."""
-        return super().dense if self.local_direction is None else self.model_copy(update={"flush_steps": 1})
 
     def check_ranks(self, size: int) -> None:
         if self.form == "torus" and self.rows != "auto" and size % self.rows:
@@ -201,15 +173,6 @@ class Marsit(Scheme):
     def _join(self, received: Tensor, own: Tensor, a: int, b: int, key: K.Key) -> Tensor:
         """Bits of `a` ranks and of `b`: where they differ, the received ones win with probability a / (a + b)."""
         return K.bit_merge(received, own, a, b, key)
-
-
-#: Key -> (the key, its value) under which it means something.
-_USED_BY = {
-    "rows": ("form", "torus"),
-    "momentum": ("direction", "momentum"),
-    "betas": ("direction", "adam"),
-    "eps": ("direction", "adam"),
-}
 
 
 def _means(p: Tensor, call: Call) -> Tensor:

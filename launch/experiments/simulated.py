@@ -137,7 +137,7 @@ class LocalCluster:
         return self.ranks.sent
 
     def _meet(self) -> None:
-        drive([work for replica in self.replicas for work in replica.updates.start_exchange()])
+        drive([work for replica in self.replicas for work in replica.updates.start_exchange(replica.optimizer)])
         for replica in self.replicas:
             replica.updates.finish_exchange()
 

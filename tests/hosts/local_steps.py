@@ -1,8 +1,8 @@
 """What must hold on every host where ranks train by themselves (`every`); imported by the scripts of the three hosts.
 
 A host is an object with `rank`, `size`, `model` (what is called), `mean(tensor)`, `train(loss, accumulate)` which takes
-one optimizer step with the losses that `loss(i)` gives, `norm(own)` by which it clips a rank's gradients, `sent()` bytes,
-`save()`, `restore(saved)` and `finish()`.
+one optimizer step with the losses that `loss(i)` gives, `norm(own)` by which it clips a rank's gradients, `sent()`
+bytes, `save()`, `restore(saved)` and `finish()`.
 """
 
 from __future__ import annotations

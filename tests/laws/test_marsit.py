@@ -154,10 +154,6 @@ def test_rows_that_do_not_divide_the_ranks_are_refused_at_start_up(
         ({"rows": 2}, "only form: torus has it, not form: one_hot"),
         ({"rows": 2, "form": "ring"}, "only form: torus has it, not form: ring"),
         ({"rows": 0, "form": "torus"}, "greater than or equal to 1"),
-        ({"momentum": 0.5}, "only direction: momentum has it"),
-        ({"betas": [0.8, 0.9], "direction": "momentum"}, "only direction: adam has it"),
-        ({"betas": [0.9, 1.0], "direction": "adam"}, "less than 1"),
-        ({"eps": 1e-6}, "only direction: adam has it"),
     ],
 )
 def test_keys_that_would_have_no_effect_are_refused(keys: dict, message: str) -> None:

@@ -39,11 +39,6 @@ CASES = [
 ]
 
 
-def of_gradients(case: Any) -> bool:
-    """Not of local directions, whose mean is no mean of gradients; tests/laws/test_marsit.py has their laws."""
-    return case.values[1].get("direction", "gradient") == "gradient"
-
-
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize(("name", "variant"), CASES)
 def test_all_ranks_end_with_identical_bits(name: str, variant: dict, size: int) -> None:
@@ -55,7 +50,7 @@ def test_all_ranks_end_with_identical_bits(name: str, variant: dict, size: int) 
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize(("name", "variant"), [c for c in CASES if c.values[0] in WITH_MEMORY and of_gradients(c)])
+@pytest.mark.parametrize(("name", "variant"), [c for c in CASES if c.values[0] in WITH_MEMORY])
 def test_what_was_sent_plus_what_is_remembered_is_what_came_in(name: str, variant: dict, size: int) -> None:
     conserve(World(config(name, **variant), size))
 
@@ -165,7 +160,7 @@ def test_a_gradient_that_is_not_finite_shows_on_every_rank_and_poisons_no_memory
 
 
 def scatters(case: Any) -> bool:
-    return of_gradients(case) and "scatter_mean" in config(case.values[0], **case.values[1]).scheme.operations
+    return "scatter_mean" in config(case.values[0], **case.values[1]).scheme.operations
 
 
 @pytest.mark.parametrize("shards", [[3080, 0], [1, 3079], [1500, 1580]])

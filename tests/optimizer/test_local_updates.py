@@ -329,6 +329,7 @@ def test_one_message_in_so_many_steps_is_all_that_travels() -> None:
         ({"outer": {"nesterov": True}}, "set outer.momentum"),
         ({"outer": {"momentun": 0.5}}, "did you mean 'momentum'"),
         ({"outer": {"lr": 0}}, "outer.lr = 0: input should be greater than 0"),
+        ({"direction": "momentum"}, "set every to 1"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused_in_one_sentence(settings: dict[str, Any], message: str) -> None:

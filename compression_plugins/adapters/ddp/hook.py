@@ -113,6 +113,11 @@ class Compression:
         self.session = Session("DDP", config, reduced, frozen, self._rank == 0, f"ddp.{ranks}")
         if self._size > 1:
             self.session.make_hooks()
+        if sparse_ids and config.direction.formed:
+            raise UnsupportedError(
+                f"DDP compression: direction: {config.direction.kind} cannot be formed of embeddings with sparse=True, "
+                "whose gradients travel on their own: build them with sparse=False, or use direction: gradient"
+            )
         self._names = {id(p): name for name, p in reduced.items()}
         self.registered = False
         self._fillings: Fillings | None = None
@@ -132,7 +137,7 @@ class Compression:
     def register(self, ddp: DistributedDataParallel) -> None:
         """Let DDP call us."""
         self.registered = True
-        if self._size == 1:
+        if self._size == 1 and not self.session.config.direction.formed:
             if self._rank == 0:
                 announce("DDP: one rank, nothing is communicated or compressed")
             return
@@ -274,6 +279,12 @@ class Compression:
         if self.session.hooks:
             after_this_backward(self.session)
 
+    def about_to_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer, perhaps of other parameters, is about to step. At every step, for schedules change momentum."""
+        if self.session.config.direction.formed and self._holds(optimizer):
+            self.session.check_optimizer(optimizer)
+        self.session.after_backward()  # of a forward pass that no backward pass followed
+
     def stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer, perhaps of other parameters, has stepped."""
         if not self._reductions or not self._holds(optimizer):
@@ -359,7 +370,7 @@ def _watch_optimizers() -> None:
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for compression in list(_compressed.values()):
-        compression.session.after_backward()  # of a forward pass that no backward pass followed
+        compression.about_to_step(optimizer)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:

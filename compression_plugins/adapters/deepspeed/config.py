@@ -126,6 +126,28 @@ def refuse_local_steps(engine: Any, config: Config) -> None:
     ))  # fmt: skip
 
 
+def refuse_direction(engine: Any, config: Config, size: int) -> None:
+    """Raise `UnsupportedError` for a direction that cannot be formed in this engine."""
+    kind, stage = config.direction.kind, int(engine.zero_optimization_stage())
+    refuse((
+        (
+            config.direction.shared and stage > 0,
+            f"direction: {kind} needs the whole average on every rank, of which ZeRO stage {stage} leaves a shard",
+            "set zero_optimization.stage to 0, or direction to gradient",
+        ),
+        (
+            config.direction.formed and size == 1,
+            f"on one rank nothing is reduced, so no direction: {kind} is formed",
+            "run on two ranks, or set direction to gradient and let the script's optimizer have the moments",
+        ),
+        (
+            config.direction.formed and engine.gradient_clipping(),
+            f"gradient_clipping {engine.gradient_clipping()} would clip what direction: {kind} makes, not gradients",
+            "set gradient_clipping to 0, or direction to gradient",
+        ),
+    ))  # fmt: skip
+
+
 def refuse(refusals: Sequence[tuple[Any, str, str]]) -> None:
     """Raise `UnsupportedError` for the first (present, reason, remedy) that is present."""
     for present, reason, remedy in refusals:

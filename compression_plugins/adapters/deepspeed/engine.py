@@ -15,7 +15,16 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ...config import Config
-from .config import BLOCK, parse, refuse_engine, refuse_local_steps, wire_dtype, wrap_config, wrap_loader
+from .config import (
+    BLOCK,
+    parse,
+    refuse_direction,
+    refuse_engine,
+    refuse_local_steps,
+    wire_dtype,
+    wrap_config,
+    wrap_loader,
+)
 
 if TYPE_CHECKING:
     from .session import DeepSpeedSession
@@ -81,6 +90,7 @@ def attach(engine: Any, config: Config) -> DeepSpeedSession | None:
     refuse_engine(engine)
     refuse_local_steps(engine, config)
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    refuse_direction(engine, config, size)
     if size == 1:
         announce(f"{_HOST}: one rank sends nothing, so nothing is compressed")
         return None
@@ -91,6 +101,7 @@ def attach(engine: Any, config: Config) -> DeepSpeedSession | None:
     trainable = {name: p for name, p in named if p.requires_grad}
     frozen = [name for name, p in named if not p.requires_grad]
     common = Session(_HOST, config, trainable, frozen, speaks=rank == 0)
+    common.check_optimizer(engine.basic_optimizer)
     session = DeepSpeedSession(engine, common, engine.seq_data_parallel_group)
     if zero:
         _follow_zero(session)

@@ -86,7 +86,9 @@ class Router:
             if owned:
                 members = sorted(members, key=lambda member: member[1].owner or 0)
             mine = [piece for _, piece in members]
-            bucket = Bucket(scheme, tuple(self._join(mine, owned)), device, dtype, sharded=owned)
+            direction = self._known[mine[0].name][0].direction
+            segments = tuple(self._join(mine, owned))
+            bucket = Bucket(scheme, segments, device, dtype, sharded=owned, direction=direction)
             kept = tuple(i for i, piece in enumerate(mine) if piece.owner in (None, self._rank))
             sizes = [sum(p.numel for p in mine if p.owner == rank) for rank in range(self._size)]
             order = tuple(i for i, _ in members)
@@ -145,5 +147,7 @@ def as_host_fills(plan: Plan, names: Sequence[str], limit: int, sharded: bool) -
             bucket, segment = known[name]
             groups.setdefault((bucket.scheme, bucket.device, bucket.dtype), []).append(segment)
         for (scheme, device, dtype), segments in groups.items():
-            buckets.append(Bucket(scheme, tuple(segments), device, dtype, sharded=sharded and scatters(scheme)))
+            owned = sharded and scatters(scheme)
+            direction = known[segments[0].name][0].direction
+            buckets.append(Bucket(scheme, tuple(segments), device, dtype, sharded=owned, direction=direction))
     return Plan(tuple(buckets), plan.rows)

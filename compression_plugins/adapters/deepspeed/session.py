@@ -139,10 +139,9 @@ class DeepSpeedSession:
         return True
 
     def _start(self, scope: Scope, part: Part, mine: list[Tensor]) -> None:
-        """Reduce one part: compressed in units of the unscaled loss, of this rank's own gradients; otherwise as is."""
+        """Reduce one part: in units of the unscaled loss, of this rank's own gradients; or as it is."""
         bucket = part.bucket
-        scheme = self.reducer.scheme_of(bucket)
-        dense = scheme.host_dense
+        dense = self.reducer.as_is(bucket)
         flat = self._vector(bucket.numel, getattr(torch, bucket.dtype) if dense else torch.float32, mine[0].device)
         torch._foreach_copy_(list(flat.split(part.lengths)), mine)
         scale = 1.0 if dense else loss_scale(self.engine)
@@ -163,8 +162,8 @@ class DeepSpeedSession:
                 torch._foreach_copy_([mine[i] for i in part.kept], [pieces[i] for i in part.kept])
             self._free.append(flat)
 
-        shards = part.shards if scatters(scheme) else None
-        self.reducer.start(bucket, flat, shards, scheme=scheme).then(done)
+        shards = part.shards if scatters(self.reducer.scheme_of(bucket)) else None
+        self.reducer.start(bucket, flat, shards).then(done)
 
     def _write(self, part: Part, i: int, values: Tensor) -> None:
         """Put a result where the optimizer will look for it; what it has cleared it does not need."""

@@ -8,7 +8,7 @@ scripts that name a compressor and for scripts that know nothing of it::
     horovodrun --compression scalecom -np 4 python train.py
 
 Importing this module installs it; a launch with `--compression` imports it by itself. Optimizers that use a stock
-compressor, or the scheme `none`, keep Horovod's own code.
+compressor, or the scheme `none` without a direction, keep Horovod's own code.
 
 What is kept from step to step (residuals) is this rank's own. It is not in `optimizer.state_dict()`, which Horovod
 broadcasts from rank 0: each rank saves and restores its own by `state_dict(optimizer)` and
@@ -175,7 +175,9 @@ def _chosen(compression: Any) -> Any:
         announce(f"horovod: the script's own compression={name} is used, not the launcher's {configured.scheme.name!r}")
     if isinstance(compression, SchemeCompressor):
         config = compression.config
-        if config.every == 1 and config.scheme.host_dense and all(rule.scheme.host_dense for rule in config.rules):
+        schemes = (config.scheme, *(rule.scheme for rule in config.rules))
+        plain = config.every == 1 and not config.direction.formed
+        if plain and all(scheme.host_dense for scheme in schemes):
             return NoneCompressor  # nothing to compress: Horovod's own path
     return compression
 
@@ -206,6 +208,12 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         optimizer = given["self"]
         optimizer._compression_session = HorovodSession(compression.config, optimizer)
         if mpi_ops.size() == 1 and os.environ.get("HOROVOD_ELASTIC") != "1":
+            kind = compression.config.direction.kind
+            if compression.config.direction.formed:
+                raise UnsupportedError(
+                    f"horovod compression: on one rank nothing is reduced, so no direction: {kind} is formed: run on "
+                    "two ranks, or use direction: gradient and let the script's optimizer have the moments"
+                )
             announce("horovod: one rank only; nothing is communicated or compressed")
 
     return __init__

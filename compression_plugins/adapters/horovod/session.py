@@ -55,6 +55,12 @@ class HorovodSession(Session):
         speaks = not self.included or self.process_set.rank() == 0
         named = {name: p for p, name in self._names.items()}
         super().__init__("horovod", config, named, frozen, speaks, group=str(self.process_set.process_set_id))
+        self.check_optimizer(optimizer)
+        if config.direction.shared and os.environ.get("HOROVOD_ELASTIC") == "1":
+            raise UnsupportedError(
+                f"horovod compression: direction: {config.direction.kind} keeps the same moments on every rank, and "
+                "ranks that join an elastic job have none: use a fixed number of ranks, or direction: gradient"
+            )
         self._watched = False
         if self.included:
             self.preload(self.process_set.rank(), self.process_set.size())
@@ -77,6 +83,12 @@ class HorovodSession(Session):
     def takes(self, p: Tensor) -> bool:
         """False for a parameter whose gradients are sparse and stay so: Horovod reduces those itself."""
         if not self.is_open() and p.grad is not None and p.grad.is_sparse and not self._sparse_as_dense:
+            if self.config.direction.formed:
+                raise UnsupportedError(
+                    f"horovod compression: direction: {self.config.direction.kind} cannot be formed of "
+                    f"{self._names[p]!r}, whose sparse gradients Horovod reduces itself: use sparse_as_dense=True, or "
+                    "direction: gradient"
+                )
             self._sparse.add(p)
         return p not in self._sparse
 
@@ -108,7 +120,7 @@ class HorovodSession(Session):
         assert p.grad is not None and self._fillings is not None  # the hook, or the seam, has made one
         gradient = (p.grad.to_dense() if p.grad.is_sparse else p.grad).detach()
         self._given[p] = gradient
-        if self.reducer.transport.size > 1:
+        if self.reducer.transport.size > 1 or self.config.direction.formed:
             # Reduced gradients that are reduced again without a backward pass in between are averaged as they are.
             self._fillings.give(self._names[p], gradient, absent, exact=bool(self._pending))
 
@@ -243,12 +255,19 @@ class HorovodSession(Session):
         """A rank that has joined adds zeros to sums and can do nothing else.
 
         Raises:
-            UnsupportedError: a bucket needs more than sums, and would crash Horovod's communication thread.
+            UnsupportedError: a bucket needs more than sums, and would crash Horovod's communication thread; or moments
+                that all ranks share, of which one that has joined learns nothing.
         """
         if self.config.every > 1:
             raise UnsupportedError(
                 "horovod compression: after hvd.join() a rank can only add zeros to sums, and with every > 1 it would "
                 "pull the weights to where it stopped; set every: 1, or give every rank the same number of steps"
+            )
+        if self.config.direction.shared:
+            raise UnsupportedError(
+                f"horovod compression: after hvd.join() a rank misses the moments that direction: "
+                f"{self.config.direction.kind} keeps alike on all: give every rank the same number of steps, or use "
+                "direction: gradient"
             )
         for bucket in self.plan.buckets:
             if not bucket.scheme.sums_only or bucket.dtype == "bfloat16":

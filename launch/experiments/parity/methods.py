@@ -15,6 +15,8 @@ Optimizer = Callable[..., torch.optim.Optimizer]
 _ADAM = partial(torch.optim.Adam, fused=True)
 _ADAMW = partial(torch.optim.AdamW, fused=True, weight_decay=0.1)
 _MOMENTUM = partial(torch.optim.SGD, momentum=0.9)
+#: Of methods whose direction has the moments.
+_PLAIN = torch.optim.SGD
 
 
 class Setting(NamedTuple):
@@ -58,6 +60,10 @@ class Part(NamedTuple):
     workers: tuple[int, ...] = (4,)
 
 
+def _zero_one(refresh: int) -> dict[str, Any]:
+    return {"kind": "zero_one_adam", "refresh": refresh}
+
+
 def _source(task: Characters) -> Characters:
     return Characters("source code", task.build, task.optimizer, task.batch, source_code)
 
@@ -78,8 +84,15 @@ METHODS = {
     "sign": Method({"scheme": "ef_signsgd"}),
     "scalecom-50": Method({"scheme": "scalecom", "ratio": 50}),
     "marsit": Method({"scheme": "marsit"}),
-    "marsit-adam": Method({"scheme": "marsit", "direction": "adam"}, torch.optim.SGD),
     "powersgd-4": Method({"scheme": "powersgd", "rank": 4}),
+    "adam-scalecom-50": Method({"scheme": "scalecom", "ratio": 50, "direction": "adam"}, _PLAIN),
+    "adam-marsit": Method({"scheme": "marsit", "direction": "adam"}, _PLAIN),
+    "frozen-sign": Method({"scheme": "ef_signsgd", "direction": "frozen_adam"}, _PLAIN, warmup=0.15),
+    "frozen-scalecom-20": Method({"scheme": "scalecom", "ratio": 20, "direction": "frozen_adam"}, _PLAIN, warmup=0.15),
+    "zero-one-sign-16": Method({"scheme": "ef_signsgd", "direction": _zero_one(16)}, _PLAIN),
+    "zero-one-sign-64": Method({"scheme": "ef_signsgd", "direction": _zero_one(64)}, _PLAIN),
+    "zero-one-scalecom-20": Method({"scheme": "scalecom", "ratio": 20, "direction": _zero_one(64)}, _PLAIN),
+    "zero-one-marsit": Method({"scheme": "marsit", "direction": _zero_one(64)}, _PLAIN),
     "local-8": Method({"scheme": "none", "every": 8}),
     "local-4-sign": Method({"scheme": "ef_signsgd", "every": 4}),
     "local-8-sign": Method({"scheme": "ef_signsgd", "every": 8}),
@@ -94,6 +107,7 @@ METHODS = {
 #: Methods that leave the optimizer to the script, so that any will do.
 _ANY = tuple(name for name, method in METHODS.items() if method.optimizer is None)
 _FEW = (DENSE, "qsgd-4", "scalecom-50", "local-4-sign", "local-8-sign", "local-32-sign")
+_LARGE = (*_FEW, "zero-one-sign-64")
 
 PLAN = (
     Part("transformer", tuple(METHODS), (2000, 6000)),
@@ -101,6 +115,6 @@ PLAN = (
     Part("transformer-adamw", _FEW, (2000,)),
     Part("lstm", _ANY, (2000,)),
     Part("cnn", _ANY, (2000,)),
-    Part("large", _FEW, (2000, 6000)),
+    Part("large", _LARGE, (2000, 6000)),
 )
 QUICK = (Part("transformer", (DENSE, "sign", "local-4-sign"), (40,), seeds=(0,), workers=(2,)),)

@@ -35,13 +35,15 @@ TRAININGS = {
 #: Here DDP itself loses what joined ranks do not add again, so the law is that of DDP.
 SHADOWED = {"branch": ["all"], "join": True, "micro": 2, "sync": True, "drop": "none"}
 RESUMED = (LEADERS, {"scheme": "double_quantization", "mu": 1e4, "snapshot_steps": 4, "min_numel": 0})
-OTHERS = ("two_models", "two_optimizers", "quantized_weights", "sparse", "kept", "refusals")
+DIRECTIONS = ("momentum", "frozen_adam")
+OTHERS = ("second_moments", "two_models", "two_optimizers", "quantized_weights", "sparse", "kept", "refusals")
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     cases = {name: ["train", options] for name, options in TRAININGS.items()}
     cases |= {law: [law, {}] for law in OTHERS}
+    cases |= {f"{kind}, {s}": ["directions", {"kind": kind, "scaler": s}] for kind in DIRECTIONS for s in (False, True)}
     cases |= {f"resume {config['scheme']}": ["resume", {"config": config}] for config in RESUMED}
     whole = {"scheme": "randomk", "ratio": 1, "min_numel": 0}  # all coordinates, in an order that the step seeds
     cases |= {f"shadowed {config is None}": ["train", {"config": config, **SHADOWED}] for config in (None, whole)}
@@ -120,6 +122,24 @@ def test_a_sparse_embedding_travels_as_it_is(two):
 def test_gradients_that_a_script_keeps_are_its_own(two):
     for report in two["kept"]:
         assert all(report.values()), report
+
+
+@pytest.mark.parametrize("scaler", [False, True], ids=["", "scaler"])
+@pytest.mark.parametrize("kind", DIRECTIONS)
+def test_a_direction_behind_plain_sgd_is_the_optimizer_itself_whatever_the_loss_scale(two, kind, scaler):
+    for report in two[f"{kind}, {scaler}"]:
+        assert report["gap"] < 1e-5
+        assert report["step"] == (7 if scaler else 8)
+
+
+def test_one_rank_has_its_direction_too(tmp_path):
+    cases = {"alone": ["directions", {"kind": "frozen_adam", "scaler": False}]}
+    assert run_cases(tmp_path, "laws.py", cases, ranks=1)["alone"][0]["gap"] < 1e-5
+
+
+def test_an_optimizer_with_moments_of_its_own_is_refused_before_it_steps(two):
+    for report in two["second_moments"]:
+        assert report["kept"] and "Adam is another optimizer: use torch.optim.SGD(lr=...)" in report["said"]
 
 
 def test_what_is_refused_says_why(two):

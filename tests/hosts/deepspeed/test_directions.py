@@ -34,6 +34,13 @@ def reports(tmp_path_factory):
     block = {**BLOCK, "flush_steps": 50, "warmup_steps": 6}
     for path in ("stage 0", "stage 2, small buckets"):
         cases[f"{path}: warm-up"] = case(PATHS[path], 0.0, block)
+    dense = {"scheme": "none", "direction": "momentum"}
+    cases |= {f"{path}: dense": case(PATHS[path], 0.0, dense) for path in PATHS}
+    adam = {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True, "adam_w_mode": False}}
+    plain = {"type": "SGD", "params": {"lr": 0.01}}
+    shared = {"scheme": "ef_signsgd", "direction": "frozen_adam", "warmup_steps": 6}
+    cases["adam: host"] = case({**zero(0), "optimizer": adam}, 0.0)
+    cases["adam: shared"] = case({**zero(0), "optimizer": plain}, 0.0, shared)
     cases["saved"] = case(zero(2), 0.0, BLOCK, save="momentum", save_step=3)
     cases["resumed"] = case(zero(2), 0.0, BLOCK, load="momentum")
     cases["hit"] = case({**zero(2), **FP16}, 0.0, BLOCK, overflow=3)
@@ -44,11 +51,16 @@ def reports(tmp_path_factory):
 @pytest.mark.parametrize("path", PATHS)
 def test_exact_averages_of_local_momentum_train_as_the_hosts_momentum(reports, path):
     host = reports[f"{path}: host"][0]
-    for how in ("local", "warm-up"):
+    for how in ("local", "warm-up", "dense"):
         if f"{path}: {how}" in reports:
             local = reports[f"{path}: {how}"][0]
             assert local["sent"] > 0 and local["losses"][-1] < local["losses"][0]
             torch.testing.assert_close(local["weights"], host["weights"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_variance_begins_as_the_hosts_adam(reports):
+    host, shared = reports["adam: host"][0], reports["adam: shared"][0]
+    torch.testing.assert_close(shared["weights"], host["weights"], rtol=1e-4, atol=1e-5)
 
 
 def test_a_checkpoint_keeps_the_momentum(reports):

@@ -323,6 +323,42 @@ def refusals():
     return said
 
 
+def directions(kind, scaler):
+    """The largest gap between plain SGD behind a direction and the stock optimizer behind DDP's own average, while the
+    loss scale changes.
+    """
+    make = {"momentum": functools.partial(torch.optim.SGD, momentum=0.9), "frozen_adam": torch.optim.Adam}[kind]
+    ours, stock = (DistributedDataParallel(seeded(Net)) for _ in range(2))
+    compression.compress(ours, {"scheme": "none", "direction": kind, "warmup_steps": 20})
+    models = [(ours, torch.optim.SGD(ours.parameters(), lr=0.01)), (stock, make(stock.parameters(), lr=0.01))]
+    for ddp, optimizer in models:
+        scale = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2, enabled=scaler)
+        for step in range(8):
+            optimizer.zero_grad()
+            loss = ddp(draw(step, 8, 16), True).square().mean()
+            scale.scale(loss * (float("inf") if scaler and step == 4 else 1.0)).backward()
+            scale.step(optimizer)
+            scale.update()
+        del scale
+        gc.collect()
+    gaps = [float((a - b).abs().max()) for a, b in zip(ours.parameters(), stock.parameters())]
+    return {"gap": max(gaps), "step": compression.state_dict(ours)["step"]}
+
+
+def second_moments():
+    """An optimizer that would do the direction's work again is refused before it changes anything."""
+    ddp = DistributedDataParallel(seeded(Net))
+    compression.compress(ddp, {"scheme": "ef_signsgd", "direction": "momentum"})
+    optimizer, before = torch.optim.Adam(ddp.parameters()), digest(ddp)
+    ddp(draw(0, 8, 16), True).square().mean().backward()
+    try:
+        optimizer.step()
+        said = ""
+    except ValueError as error:
+        said = str(error)
+    return {"said": said, "kept": digest(ddp) == before}
+
+
 def main():
     global RANK, SIZE
     folder = Path(sys.argv[1])

@@ -22,7 +22,8 @@ def settings(block, accumulate=1, **options):
         "train_micro_batch_size_per_gpu": 16,
         "gradient_accumulation_steps": accumulate,
         "communication_compression": block,
-        **{"gradient_clipping": 0.0, **options},
+        "gradient_clipping": 0.0,
+        **options,
     }
 
 

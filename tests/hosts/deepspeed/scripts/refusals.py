@@ -40,6 +40,19 @@ def cases() -> dict[str, tuple[dict, torch.nn.Module | None]]:
         "typo": ({"communication_compression": {**TOPK, "ration": 3}}, None),
         "not a mapping": ({"communication_compression": "topk"}, None),
         "enabled": ({"communication_compression": {**TOPK, "enabled": "yes"}}, None),
+        "shared moments": (
+            {**zero(stage=1), "communication_compression": {**TOPK, "direction": "frozen_adam", "warmup_steps": 5}},
+            None,
+        ),
+        "clipped": ({"communication_compression": {**TOPK, "direction": "momentum"}}, None),
+        "second moments": (
+            {
+                "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}},
+                "gradient_clipping": 0.0,
+                "communication_compression": {**TOPK, "direction": "momentum"},
+            },
+            None,
+        ),
         "no rule matches": (
             {"communication_compression": {**TOPK, "rules": [{"match": "x*", "scheme": "none"}]}},
             None,

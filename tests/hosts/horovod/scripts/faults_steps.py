@@ -8,6 +8,7 @@ import torch
 from faults_base import (
     REMEMBER,
     STOCK,
+    Compression,
     R,
     batch,
     bits,
@@ -151,12 +152,34 @@ def farthest(a: list[list[Tensor]], b: list[list[Tensor]]) -> float:
 
 
 @case()
-def momentum_of_marsit_is_taken_once() -> float:
+def momentum_before_compression_is_taken_once() -> list[float]:
     dense = net()
     opt = wrap(dense, STOCK, base=torch.optim.SGD(dense.parameters(), lr=0.1, momentum=0.9))
+    expected, gaps = clipped(dense, opt, 8, False), []
+    for keys in ({"scheme": "marsit", "flush_steps": 1, "min_numel": 0}, {"scheme": "none"}):
+        model = net()
+        ours = Compression.load({**keys, "direction": {"kind": "momentum", "momentum": 0.9}})
+        opt = wrap(model, ours, tag=keys["scheme"])
+        gaps.append(farthest(expected, clipped(model, opt, 8, False)))
+    return gaps
+
+
+@case()
+def a_frozen_variance_begins_as_adam() -> float:
+    models = [net(), net()]
+    adam = wrap(models[0], STOCK, base=torch.optim.Adam(models[0].parameters(), lr=0.01))
+    signs = wrap(models[1], compressor("ef_signsgd", direction="frozen_adam", warmup_steps=8), lr=0.01, tag="ours")
+    return farthest(clipped(models[0], adam, 8, False), clipped(models[1], signs, 8, False))
+
+
+@case()
+def an_optimizer_with_moments_of_its_own_is_refused() -> list[str]:
     model = net()
-    marsit = compressor("marsit", direction="momentum", momentum=0.9, flush_steps=1)
-    return farthest(clipped(dense, opt, 8, False), clipped(model, wrap(model, marsit), 8, False))
+    try:
+        wrap(model, compressor("topk", direction="adam"), base=torch.optim.Adam(model.parameters()))
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 @case(*SCHEMES)

@@ -1,66 +1,52 @@
 """Local directions: what momentum or Adam makes of this rank's own gradient, before anything is compressed.
 
-Methods that compress *updates* put the optimizer before the wire: every rank keeps its own moments, directions are
-averaged, and the training script applies the average with plain SGD. Momentum is linear in the gradient, so with exact
+Every rank keeps its own moments, and directions are averaged. Momentum is linear in the gradient, so with exact
 averages nothing changes; the mean of the ranks' Adam directions is not the Adam direction of the mean gradient.
-
-Moments are fp32, live in the reducer's state beside the residual, and are saved, moved and taken back like it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal
 
-from .._lazy import torch
-from ..core.memory import zero_unless
-from ..errors import UnsupportedError
+from pydantic import Field
+
+from ..._lazy import torch
+from ...core.memory import finite, zero_unless
+from .base import Betas, Decay, Direction, Eps, Run, once_in_a_step
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..core.call import Call
+    from ...core.call import Call, Reduction
 
 
-class Direction(Protocol):
-    """What a rank makes of its own gradient before any scheme sees it."""
+class Momentum(Direction):
+    """m <- beta m + x; m is averaged. The direction of `torch.optim.SGD(momentum=beta)`."""
 
-    def apply(self, x: Tensor, healthy: Tensor, call: Call) -> None:
-        """Replace flat fp32 `x`, this rank's gradient of a bucket, by its direction.
+    kind: Literal["momentum"] = "momentum"
+    momentum: Decay = Field(0.9, description="decay, as in torch.optim.SGD")
 
-        Args:
-            healthy: bool scalar, whether x is finite. If not, the moments stay as they were and x becomes NaN.
-
-        Raises:
-            UnsupportedError: the host reduces more than once in a step.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class Momentum:
-    """m <- beta m + x; x <- m. The direction of `torch.optim.SGD(momentum=beta)`."""
-
-    beta: float
-
-    def apply(self, x: Tensor, healthy: Tensor, call: Call) -> None:
-        _once_in_a_step(call)
+    def mean(self, x: Tensor, call: Call, run: Run) -> Reduction:
+        once_in_a_step(call)
+        healthy = finite(x)
         m = call.state.exchange("momentum")
-        torch.mul(m.old, torch.where(healthy, self.beta, 1.0), out=m.new).add_(zero_unless(healthy, x))
+        torch.mul(m.old, torch.where(healthy, self.momentum, 1.0), out=m.new).add_(zero_unless(healthy, x))
         torch.add(m.new, torch.where(healthy, 0.0, torch.nan), out=x)
+        return (yield from run(x, False))
 
 
-@dataclass(frozen=True)
-class Adam:
-    """x <- (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps), the direction of `torch.optim.Adam` (Kingma & Ba,
-    2015, arXiv 1412.6980); t counts a tensor's steps with a finite gradient.
+class Adam(Direction):
+    """(m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) is averaged, the direction of `torch.optim.Adam` (Kingma &
+    Ba, 2015, arXiv 1412.6980); t counts a tensor's steps with a finite gradient.
     """
 
-    betas: tuple[float, float]
-    eps: float
+    kind: Literal["adam"] = "adam"
+    betas: Betas = Field((0.9, 0.999), description="decays, as in torch.optim.Adam")
+    eps: Eps = Field(1e-8, description="as in torch.optim.Adam")
 
-    def apply(self, x: Tensor, healthy: Tensor, call: Call) -> None:
-        _once_in_a_step(call)
+    def mean(self, x: Tensor, call: Call, run: Run) -> Reduction:
+        once_in_a_step(call)
+        healthy = finite(x)
         first, second = call.state.exchange("adam_m"), call.state.exchange("adam_v")
         gradient = zero_unless(healthy, x)
         m = torch.mul(first.old, torch.where(healthy, self.betas[0], 1.0), out=first.new)
@@ -73,6 +59,7 @@ class Adam:
         torch._foreach_div_(pieces, list(unbias_v.sqrt()))
         torch.div(m, x.add_(self.eps), out=x)
         torch._foreach_div_(pieces, list(torch.where(healthy, unbias_m, torch.nan)))
+        return (yield from run(x, False))
 
 
 def _counts(healthy: Tensor, call: Call) -> Tensor:
@@ -95,11 +82,3 @@ def _counts(healthy: Tensor, call: Call) -> Tensor:
     last.copy_(torch.where(grows, now, last))
     torch._foreach_copy_(clocks, list(table))
     return count.clamp(min=1)
-
-
-def _once_in_a_step(call: Call) -> None:
-    if call.clock.micro_batch:
-        raise UnsupportedError(
-            "a local direction (momentum, adam) takes one gradient per step, but this host reduces every micro-batch: "
-            "with DeepSpeed and gradient accumulation use ZeRO stage 0 or 1; else direction: gradient"
-        )
