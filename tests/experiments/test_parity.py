@@ -151,6 +151,12 @@ def test_a_record_of_a_method_that_has_changed_does_not_count(quick: tuple[Path,
     assert Run.from_record({**record, "method": "gone"}) is None
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_record_is_read_as_the_run_that_was_written(method: str) -> None:
+    run = fake(replace(JOB, method=method), 1.0)
+    assert Run.from_record(json.loads(json.dumps(run.record()))) == run
+
+
 @pytest.mark.parametrize("part", [*PLAN, *QUICK], ids=lambda part: part.setting)
 def test_every_method_of_the_plan_is_one_that_can_be_configured(part: Any) -> None:
     for method in part.methods:

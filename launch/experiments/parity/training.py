@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -88,13 +89,13 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """JSON-able; `from_record` reads it."""
-        return {**asdict(self.job), "config": document(self.job), **{key: getattr(self, key) for key in _OWN}}
+        return {**asdict(self.job), "config": _configuration(self.job), **{key: getattr(self, key) for key in _OWN}}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Run | None:
         """None for a record of a method that is gone, or no longer what it was."""
         job = Job(**{each.name: record[each.name] for each in fields(Job)})
-        if job.method not in METHODS or record["config"] != document(job):
+        if job.method not in METHODS or record["config"] != _configuration(job):
             return None
         return cls(job, **{key: record[key] for key in _OWN})
 
@@ -109,6 +110,12 @@ def document(job: Job) -> dict[str, Any]:
     method = METHODS[job.method]
     common = {"warmup_steps": _share(method.warmup, job), "seed": job.seed, "rules": [{"match": "*"}]}
     return {**common, **method.config}
+
+
+def _configuration(job: Job) -> dict[str, Any]:
+    """The whole of it, defaults too, as JSON gives it back."""
+    whole: dict[str, Any] = json.loads(json.dumps(Config.load(document(job)).to_dict()))
+    return whole
 
 
 def cluster(job: Job) -> Cluster | LocalCluster:
