@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ._version import __version__
-from .config import Config, parse_assignments
+from .config import Config, parse_assignments, presets
 from .core.call import Segment
 from .errors import CompressionError
 from .schemes import registry
@@ -129,9 +129,10 @@ def _run(name: str, module: Any, arguments: Sequence[str]) -> int:
 
 
 def schemes_text() -> str:
-    """One line per scheme: name and what it does."""
-    width = max(map(len, registry.names()))
-    return "\n".join(f"{name:{width}}  {_summary(name)}" for name in registry.names())
+    """One line per scheme and per preset: name and what it does."""
+    lines = {**{name: _summary(name) for name in registry.names()}, **presets()}
+    width = max(map(len, lines))
+    return "\n".join(f"{name:{width}}  {text}" for name, text in lines.items())
 
 
 def schemes_markdown() -> str:

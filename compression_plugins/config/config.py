@@ -88,7 +88,8 @@ class Config(Settings):
         """Read a configuration.
 
         Args:
-            source: name of a scheme (its shipped YAML is read), path of a YAML or JSON file, or a mapping.
+            source: name of a scheme (its shipped YAML is read) or of a preset, path of a YAML or JSON file, or a
+                mapping.
             overrides: keys that replace those of `source`; a different `scheme` drops the other scheme's keys.
 
         Raises:
@@ -144,9 +145,21 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[dict[str,
     path = Path(source)
     is_file = path.suffix.lower() in {".yaml", ".yml", ".json"} or path.is_file()
     if not is_file:
-        registry.get(str(source))
+        known = {*registry.names(), *presets()}
+        if str(source) not in known:
+            raise ConfigError(f"unknown scheme {str(source)!r}{nearest(str(source), known)}")
         path = _CONFIGS / f"{source}.yaml"
     return read_document(path), str(path)
+
+
+def presets() -> dict[str, str]:
+    """Shipped configurations that are more than a scheme with its defaults: name, as in `transformer/small`, and the
+    first line of the file.
+    """
+    found = {}
+    for path in sorted(_CONFIGS.glob("transformer/*.yaml")):
+        found[f"{path.parent.name}/{path.stem}"] = path.read_text(encoding="utf-8").partition("\n")[0].strip("# ")
+    return found
 
 
 def _build(document: dict[str, Any], where: str) -> Config:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from .._version import __version__
-from ..config import Config
+from ..config import Config, presets
 from ..errors import UnsupportedError
 from ..optimizer.hooks import StepHook
 from ..optimizer.local_updates import LocalUpdates, Outer
@@ -22,7 +22,7 @@ from ..optimizer.plain import check_plain
 from ..transports.base import Transport
 from . import loss_scale, patterns
 from .exchange import UpdateExchange
-from .notice import announce
+from .notice import announce, warn
 from .plan import Plan, TensorSpec, make_plan
 from .preload import preload
 from .reducer import Reducer
@@ -106,6 +106,7 @@ class Session:
         self._local_updates: LocalUpdates | None = None
         self._makes_hooks = False
         self.reductions = 1
+        self._speaks, self._warned = speaks, False
         self._reducer: Reducer | None = None
         self._telemetry: Telemetry | None = None
         self._earlier = (0.0, 0.0)  # bytes and seconds of reducers before this one
@@ -156,6 +157,15 @@ class Session:
         """
         if self.config.direction.formed:
             check_plain(optimizer, f"{self.host} compression: direction: {self.config.direction.kind}")
+        elif self.config.every == 1 and "betas" in getattr(optimizer, "defaults", {}) and self._speaks:
+            names = sorted({row.scheme.name for row in self.plan.rows if not row.scheme.suits_adam})
+            if names and not self._warned:
+                warn(
+                    f"{self.host}: with {type(optimizer).__name__}, gradients sent by {' and '.join(names)} did not "
+                    "reach the loss of dense training on a transformer (docs/benchmarks/parity.md); the presets "
+                    f"{', '.join(presets())} did"
+                )
+            self._warned = True
 
     def start(self, transport: Transport) -> None:
         """Make the reducer over the ranks of `transport`, its memory empty; again when the set of ranks has changed."""

@@ -38,6 +38,8 @@ class Scheme(BaseModel):
         sums_only: every collective is an all-reduce, so ranks that have left (`hvd.join`) may add zeros.
         host_dense: nothing is compressed; a host keeps its own path, and tensors their own dtype.
         trains: False for what only measures time.
+        suits_adam: False where gradients sent by it in each step do not reach the loss of dense training under Adam
+            (docs/benchmarks/parity.md); a session says so.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -47,6 +49,7 @@ class Scheme(BaseModel):
     sums_only: ClassVar[bool] = False
     host_dense: ClassVar[bool] = False
     trains: ClassVar[bool] = True
+    suits_adam: ClassVar[bool] = True
 
     @property
     def codec(self) -> Codec | None:

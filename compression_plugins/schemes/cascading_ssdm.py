@@ -35,6 +35,7 @@ class CascadingSSDM(Scheme):
 
     name: ClassVar[str] = "cascading_ssdm"
     paper: ClassVar[str] = "Wu et al., 2022, arXiv 2204.06787 (control)"
+    suits_adam: ClassVar[bool] = False
 
     @property
     def says_zero(self) -> bool:

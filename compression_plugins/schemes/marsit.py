@@ -45,6 +45,7 @@ class Marsit(Scheme):
 
     name: ClassVar[str] = "marsit"
     paper: ClassVar[str] = "Wu et al., 2022, arXiv 2204.06787"
+    suits_adam: ClassVar[bool] = False
 
     flush_steps: Annotated[int, Field(ge=1)] = Field(100, description="steps between exact averages (K)")
     eta_s: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(

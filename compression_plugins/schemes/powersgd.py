@@ -31,6 +31,7 @@ class PowerSGD(Scheme):
 
     name: ClassVar[str] = "powersgd"
     paper: ClassVar[str] = "Vogels et al., 2019, arXiv 1905.13727"
+    suits_adam: ClassVar[bool] = False
     sums_only: ClassVar[bool] = True
 
     rank: Annotated[int, Field(ge=1, le=256)] = Field(2, description="rank of the approximation")

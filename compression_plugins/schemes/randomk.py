@@ -30,6 +30,7 @@ class RandomK(Scheme):
 
     name: ClassVar[str] = "randomk"
     paper: ClassVar[str] = "Stich et al., 2018, arXiv 1809.07599"
+    suits_adam: ClassVar[bool] = False
     sums_only: ClassVar[bool] = True
 
     ratio: Annotated[int, Field(ge=1, le=65536)] = Field(100, description="keep one value in so many")

@@ -36,6 +36,7 @@ class ScaleCom(Scheme):
 
     name: ClassVar[str] = "scalecom"
     paper: ClassVar[str] = "Chen et al., 2020, arXiv 2104.11125"
+    suits_adam: ClassVar[bool] = False
 
     ratio: Annotated[int, Field(ge=1, le=65536)] = Field(100, description="keep one gradient value in so many")
     beta: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="low-pass filter of the residual; 1: none")

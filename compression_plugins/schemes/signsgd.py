@@ -73,6 +73,7 @@ class SignSGD(Scheme):
 
     name: ClassVar[str] = "signsgd"
     paper: ClassVar[str] = "Bernstein et al., 2018, arXiv 1810.05291"
+    suits_adam: ClassVar[bool] = False
 
     magnitude: Annotated[float, Field(gt=0)] = Field(1.0, description="absolute value of every element of the update")
 

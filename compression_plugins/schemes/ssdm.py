@@ -69,6 +69,7 @@ class SSDM(Scheme):
 
     name: ClassVar[str] = "ssdm"
     paper: ClassVar[str] = "Safaryan & Richtárik, 2021, arXiv 1905.12938"
+    suits_adam: ClassVar[bool] = False
 
     @property
     def says_zero(self) -> bool:

@@ -28,6 +28,7 @@ class TopK(Scheme):
 
     name: ClassVar[str] = "topk"
     paper: ClassVar[str] = "Stich et al., 2018, arXiv 1809.07599"
+    suits_adam: ClassVar[bool] = False
 
     ratio: Annotated[float, Field(ge=1)] = Field(100.0, description="keep one value in so many")
 
