@@ -23,6 +23,7 @@ class Row:
         label: name of a scheme, or path of a configuration.
         step: None where it cannot run, and `note` says why.
         error: see `accuracy.update_error`.
+        adaptive: the job's optimizer divides by the root of a second moment, as Adam does.
     """
 
     label: str
@@ -30,11 +31,18 @@ class Row:
     step: Step | None
     error: float = 0.0
     note: str = ""
+    adaptive: bool = False
 
     @property
     def eligible(self) -> bool:
         """A compressor that may be recommended."""
-        return self.step is not None and self.label not in BASELINES and self.error <= LIMIT and not self.bound
+        able = self.error <= LIMIT and not self.bound and not self.misses
+        return self.step is not None and self.label not in BASELINES and able
+
+    @property
+    def misses(self) -> bool:
+        """Whether training misses the loss of dense training with this optimizer, by docs/benchmarks/parity.md."""
+        return self.adaptive and self.config.every == 1 and not self.config.suits_adam
 
     @property
     def bound(self) -> bool:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: TFLOP/s, sustained, and bytes per second, read plus written, of an accelerator of which nothing is said.
 _TFLOPS, _MEMORY_BANDWIDTH = 100.0, 2e12
+#: Of `--shapes`, those that are trained with SGD.
+_IMAGES = ("mlp", "resnet50")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--compute-ms", type=float, metavar="MS", help="a step without communication, for --shapes")
     model.add_argument("--tflops", type=float, help="sustained TFLOP/s of a rank, for --shapes (default 100)")
     model.add_argument("--batch", type=int, help="samples of a rank and step, for --shapes")
+    model.add_argument(
+        "--optimizer",
+        choices=("sgd", "adam"),
+        help="of the job, or one like it: AdamW is adam (default sgd for --shapes mlp and resnet50, else adam)",
+    )
     device = parser.add_argument_group("device")
     device.add_argument("--device", help="where model and codecs are timed (default cuda if there is one, else cpu)")
     device.add_argument(
@@ -50,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the device of the job, in bytes: 2TB; scales the codecs timed here",
     )
     chosen = parser.add_argument_group("schemes")
-    chosen.add_argument("--schemes", nargs="+", metavar="NAME", help="candidates (default all); none, bf16 always are")
+    chosen.add_argument(
+        "--schemes", nargs="+", metavar="NAME", help="candidates (default all, and presets); none, bf16 always are"
+    )
     chosen.add_argument("--config", action="append", default=[], metavar="FILE", help="one more candidate; repeatable")
     chosen.add_argument("--margin", type=float, default=5.0, metavar="%", help="by which a compressor must win (5)")
     parser.add_argument("--framework", choices=("horovod", "deepspeed"), help="of the job (default: its launcher's)")
@@ -107,6 +116,7 @@ def _advise(
     def at(row: Row, on: Given | Measured) -> Any:
         return _step(row.config, row.label, compute, on, codecs, host, machine)
 
+    optimizer = options.optimizer or ("sgd" if options.shapes in _IMAGES else "adam")
     rows = []
     for label, config in candidates.items():
         try:
@@ -115,13 +125,15 @@ def _advise(
             rows.append(Row(label, config, None, note=str(error)))
             continue
         distance = update_error(config.scheme)
-        row = Row(label, config, None, distance, _note(config, distance))
+        row = Row(label, config, None, distance, _note(config, distance), adaptive=optimizer == "adam")
+        if row.misses:
+            row = replace(row, note="not with adam: misses the loss of dense training")
         rows.append(replace(row, step=at(row, network)))
     if not speaks:
         return 0
     assert all(name in candidates for name in BASELINES)
     choice = choose(rows, options.margin / 100)
-    facts = report.Facts(network, compute, host, device, machine, scale, options.shapes or options.model)
+    facts = report.Facts(network, compute, host, device, machine, scale, options.shapes or options.model, optimizer)
     print(report.text(facts, rows, choice, at, options.margin / 100))
     if options.json:
         report.write_json(options.json, facts, rows, choice)
@@ -164,10 +176,10 @@ def _is(options: argparse.Namespace, name: str) -> bool:
 
 
 def _candidates(options: argparse.Namespace) -> dict[str, Config]:
-    from ..config import Config
+    from ..config import Config, presets
     from ..schemes import registry
 
-    names = options.schemes or registry.names()
+    names = options.schemes or [*registry.names(), *presets()]
     found = {name: Config.load(name) for name in dict.fromkeys(["none", "bf16", *names])}
     for path in options.config:
         if path in found:

@@ -27,6 +27,7 @@ class Facts:
     Attributes:
         scale: seconds of a codec on the device of the job, for a second on this one.
         model: name of the shapes, or module and function.
+        optimizer: `sgd` or `adam`, for what is like them.
     """
 
     network: Given | Measured
@@ -36,6 +37,7 @@ class Facts:
     machine: Machine
     scale: float
     model: str
+    optimizer: str = "adam"
 
 
 def text(
@@ -51,7 +53,7 @@ def text(
         *facts.network.describe(),
         f"model: {facts.model}, {len(compute.specs)} tensors, {compute.numel / 1e6:.4g} M values; {compute.note}",
         f"codecs: timed on this {facts.device}" + _scaled(facts),
-        f"host: {facts.host}",
+        f"host: {facts.host}; optimizer: {facts.optimizer} (--optimizer)",
         "",
         table(rows, choice),
         "",

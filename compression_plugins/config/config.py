@@ -113,6 +113,11 @@ class Config(Settings):
         rules = [{"match": r.match, **_scheme_dict(r.scheme)} for r in self.rules]
         return {**_scheme_dict(self.scheme), **general, "rules": rules}
 
+    @property
+    def suits_adam(self) -> bool:
+        """Whether gradients that travel in each step reach the loss of dense training under Adam; see `Scheme`."""
+        return all(scheme.suits_adam for scheme in (self.scheme, *(rule.scheme for rule in self.rules)))
+
     def check_ranks(self, size: int) -> None:
         """Raises `UnsupportedError` if a scheme cannot run on `size` ranks."""
         for scheme in (self.scheme, *(rule.scheme for rule in self.rules)):

@@ -59,6 +59,33 @@ def test_a_slow_network_gets_a_compressor_and_the_yaml_that_selects_it(capsys: p
     assert Config.load(document) == Config.load("scalecom")
 
 
+@pytest.mark.parametrize("scheme", ["scalecom", "powersgd"])
+def test_what_misses_the_loss_of_dense_training_under_adam_is_not_recommended_there(
+    scheme: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--ranks", "4", "--bandwidth", "10mbit", "--shapes", "mlp", "--compute-ms", "10", "--schemes", scheme)
+    assert advise(*arguments, "--optimizer", "adam") == 0
+    assert recommended(capsys) == "bf16"
+    assert advise(*arguments, "--optimizer", "sgd") == 0
+    assert recommended(capsys) == scheme
+
+
+def test_local_steps_are_predicted_as_the_mean_step_of_a_round(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = []
+    for every in (1, 10):
+        paths.append(tmp_path / f"every{every}.yaml")
+        paths[-1].write_text(f"scheme: ef_signsgd\nevery: {every}\n")
+    rows = tmp_path / "rows.jsonl"
+    arguments = ("--ranks", "4", "--bandwidth", "10mbit", "--shapes", "mlp", "--compute-ms", "10", "--json", str(rows))
+    assert advise(*arguments, "--schemes", "none", "--config", str(paths[0]), "--config", str(paths[1])) == 0
+    often, seldom = [json.loads(line)["step"] for line in rows.read_text().splitlines()[-2:]]
+    assert seldom["sent_bytes"] == pytest.approx(often["sent_bytes"] / 10)
+    assert seldom["exposed_s"] == pytest.approx(often["exposed_s"] / 10, rel=0.5)
+    assert recommended(capsys) == str(paths[1])
+
+
 def test_a_fast_network_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--ranks", "4", "--bandwidth", "10Tb", "--latency", "0us", "--shapes", "mlp", "--compute-ms", "1000")
     assert advise(*arguments, "--schemes", "scalecom", "fake") == 0
