@@ -2,6 +2,7 @@
 
 python -m launch.reproduce --list
 python -m launch.reproduce asylpg-bits [--quick] [--out FOLDER] [--publish]
+python -m launch.reproduce parity --only method=dense --only steps=2000 --only steps=6000
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import importlib
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from compression_plugins.errors import CompressionError, nearest
 
-#: Name -> module with DESCRIPTION and run(out, quick) -> headline.
+#: Name -> module with DESCRIPTION and run(out, quick) -> headline; one whose parts may be run alone has KEYS, and takes
+#: {key: values} as `only`.
 EXPERIMENTS = {
     "asylpg-bits": "launch.experiments.asylpg.bits",
     "asylpg-mu": "launch.experiments.asylpg.mu",
@@ -32,6 +35,7 @@ EXPERIMENTS = {
     "marsit-k": "launch.experiments.marsit.k",
     "codecs": "launch.experiments.codecs",
     "scale": "launch.experiments.scale",
+    "parity": "launch.experiments.parity.accuracy",
 }
 PAGES = Path(__file__).parents[1] / "docs"
 
@@ -52,6 +56,21 @@ def publish(name: str, out: Path, pages: Path = PAGES) -> Path:
     raise CompressionError(f"no page in {pages} has the marks {begin} and {end}, once each and in this order")
 
 
+def _parts(parser: argparse.ArgumentParser, name: str, words: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+    """What `--only` adds to the arguments of an experiment."""
+    if not words:
+        return {}
+    if not hasattr(importlib.import_module(EXPERIMENTS[name]), "KEYS"):
+        parser.error(f"{name} has no parts that --only could choose")
+    only: dict[str, list[str]] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            parser.error(f"--only takes KEY=VALUE, not {word!r}")
+        only.setdefault(key, []).append(value)
+    return {"only": only}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", help="experiment; see --list")
@@ -59,6 +78,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small version that ends within a minute")
     parser.add_argument("--out", type=Path, help="folder of the results; default out/reproduce/NAME")
     parser.add_argument("--publish", action="store_true", help="write the result into its page under docs")
+    parser.add_argument("--only", action="append", metavar="KEY=VALUE", help="run a part, where there are parts")
     args = parser.parse_args()
     if args.list:
         for name, module in EXPERIMENTS.items():
@@ -68,12 +88,13 @@ def main() -> None:
         parser.error(f"unknown experiment {args.name!r}{nearest(str(args.name), EXPERIMENTS)}")
     if args.quick and args.publish:
         parser.error("--publish wants the whole experiment, not --quick")
+    only = _parts(parser, args.name, args.only or [])
     out = args.out or Path("out/reproduce") / args.name
     started = time.monotonic()
     torch.set_num_threads(1)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        headline = importlib.import_module(EXPERIMENTS[args.name]).run(out, args.quick)
+        headline = importlib.import_module(EXPERIMENTS[args.name]).run(out, args.quick, **only)
         if args.publish:
             print(f"written into {publish(args.name, out)}")
     except (CompressionError, ModuleNotFoundError, OSError) as error:

@@ -19,15 +19,21 @@ class Study:
         study.record("n = 2, dense", n=2, scheme="none", bytes=...)   # one a run: a line of runs.jsonl and progress
         return study.finish(title, table, figure, notes, headline)
 
-    Files in `out`: runs.jsonl, NAME.png, NAME.md, index.html.
+    Files in `out`: runs.jsonl, NAME.png, NAME.md, index.html. With `resume` runs.jsonl grows: `total` are the runs that
+    `earlier` does not have.
     """
 
-    def __init__(self, name: str, out: Path, total: int) -> None:
+    def __init__(self, name: str, out: Path, total: int, resume: bool = False) -> None:
         self.name, self.out, self.total, self.done = name, out, total, 0
+        self._mode = "a" if resume else "w"
         self.machine = str(Machine.here())
 
     def __enter__(self) -> Study:
-        self._records = (self.out / "runs.jsonl").open("w", encoding="utf-8")
+        path = self.out / "runs.jsonl"
+        cut = self._mode == "a" and path.exists() and not path.read_bytes().endswith(b"\n")
+        self._records = path.open(self._mode, encoding="utf-8")
+        if cut:  # what follows a line that was cut off begins a new one
+            self._records.write("\n")
         self._progress("starts")
         return self
 
@@ -55,9 +61,21 @@ class Study:
 
     def _progress(self, text: str) -> None:
         """One line on a terminal, one line a call elsewhere."""
-        bar = "#" * (20 * self.done // self.total)
+        bar = "#" * (20 * self.done // max(1, self.total))
         end = "\n" if self.done == self.total or not sys.stderr.isatty() else ""
         print(f"\r[{bar:20s}] {self.done}/{self.total} {text:40s}", end=end, file=sys.stderr, flush=True)
+
+
+def earlier(out: Path) -> list[dict[str, Any]]:
+    """What earlier runs of an experiment have recorded in `out`, without a line that was cut off."""
+    path = out / "runs.jsonl"
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
 
 
 def spread(values: Sequence[float | None], places: int = 2) -> str:

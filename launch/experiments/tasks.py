@@ -2,15 +2,18 @@
 
 The characters are those of `pydoc_data.topics`, the help texts inside Python's standard library: some 465,000 of them,
 and a little different in every release of Python, so that figures of one release are compared with each other only.
+Source code of the same library is text of another kind, for what a trained model learns next.
 """
 
 from __future__ import annotations
 
 import math
+import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -23,6 +26,43 @@ from .fashion import load_fashion
 
 #: Characters that a model of text sees at once.
 CONTEXT = 32
+#: Modules of the standard library that are one file in every release.
+_MODULES = ("argparse", "ast", "configparser", "dataclasses", "difflib", "inspect", "tarfile")
+
+
+def vocabulary() -> int:
+    """Number of different characters in the help texts."""
+    return len(_numbers())
+
+
+@cache
+def help_texts() -> tuple[Tensor, Tensor]:
+    """(training characters, held-out characters): int64, numbered by the order of their code points."""
+    return _parted(_help_texts())
+
+
+@cache
+def source_code() -> tuple[Tensor, Tensor]:
+    """The same of source code, without characters that the help texts do not have."""
+    library = Path(sysconfig.get_path("stdlib"))
+    return _parted("".join((library / f"{name}.py").read_text(encoding="utf-8") for name in _MODULES))
+
+
+def _help_texts() -> str:
+    from pydoc_data.topics import topics
+
+    return "".join(topics[name] for name in sorted(topics))
+
+
+@cache
+def _numbers() -> dict[str, int]:
+    return {character: i for i, character in enumerate(sorted(set(_help_texts())))}
+
+
+def _parted(text: str) -> tuple[Tensor, Tensor]:
+    """The last tenth is held out."""
+    numbers = torch.tensor([_numbers()[character] for character in text if character in _numbers()])
+    return numbers[: len(numbers) * 9 // 10], numbers[len(numbers) * 9 // 10 :]
 
 
 class Batch(NamedTuple):
@@ -98,11 +138,12 @@ class Images(Task):
 class Characters(Task):
     """Prediction of the next character; judged by the cross-entropy on the last tenth of the text, in bits."""
 
+    text: Callable[[], tuple[Tensor, Tensor]] = help_texts
     unit: ClassVar[str] = "bits a character"
     better: ClassVar[int] = -1
 
     def batches(self, rank: int, ranks: int, seed: int) -> Iterator[Batch]:
-        train, _ = _text()
+        train, _ = self.text()
         generator = torch.Generator().manual_seed(seed)
         while True:
             starts = torch.randint(len(train) - CONTEXT, (ranks, self.batch), generator=generator)[rank]
@@ -114,7 +155,7 @@ class Characters(Task):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> float:
-        _, held = _text()
+        _, held = self.text()
         rows = held[: len(held) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
         losses = [self.loss(model, Batch(part[:, :-1], part[:, 1:])) * len(part) for part in rows.split(100)]
         return float(sum(losses)) / len(rows) / math.log(2)
@@ -134,15 +175,15 @@ class CharLSTM(nn.Module):
 
 
 class CharTransformer(nn.Module):
-    """Two pre-norm decoder blocks of width 64 with 4 heads."""
+    """Pre-norm decoder blocks."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 64, heads: int = 4, blocks: int = 2) -> None:
         super().__init__()
-        self.embed = nn.Embedding(vocabulary(), 64)
-        self.position = nn.Parameter(0.02 * torch.randn(CONTEXT, 64))
-        self.blocks = nn.Sequential(_Block(64, 4), _Block(64, 4))
-        self.norm = nn.LayerNorm(64)
-        self.head = nn.Linear(64, vocabulary())
+        self.embed = nn.Embedding(vocabulary(), width)
+        self.position = nn.Parameter(0.02 * torch.randn(CONTEXT, width))
+        self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(blocks)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary())
         nn.init.normal_(self.embed.weight, std=0.1)
 
     def forward(self, characters: Tensor) -> Tensor:
@@ -178,23 +219,6 @@ def small_cnn() -> nn.Sequential:
     )
 
 
-def vocabulary() -> int:
-    """Number of different characters in the text."""
-    train, held = _text()
-    return int(torch.cat((train, held)).max()) + 1
-
-
-@cache
-def _text() -> tuple[Tensor, Tensor]:
-    """(training characters, held-out characters): int64, numbered by the order of their code points."""
-    from pydoc_data.topics import topics
-
-    text = "".join(topics[name] for name in sorted(topics))
-    number = {character: i for i, character in enumerate(sorted(set(text)))}
-    numbers = torch.tensor([number[character] for character in text])
-    return numbers[: len(numbers) * 9 // 10], numbers[len(numbers) * 9 // 10 :]
-
-
 def _momentum(lr: float) -> Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]:
     return partial(torch.optim.SGD, lr=lr, momentum=0.9)
 
@@ -205,3 +229,6 @@ FASHION_CNN = Images("CNN, Fashion-MNIST", small_cnn, _momentum(0.05), 8, cache(
 DIGITS_CNN = Images("CNN, MNIST-5k", small_cnn, _momentum(0.05), 8, cache(load_digits))
 LSTM = Characters("LSTM, characters", CharLSTM, _momentum(2.0), 4)
 TRANSFORMER = Characters("transformer, characters", CharTransformer, partial(torch.optim.Adam, lr=0.005), 4)
+LARGE_TRANSFORMER = Characters(
+    "transformer of 1 M, characters", partial(CharTransformer, 144, 4, 4), partial(torch.optim.Adam, lr=0.002), 8
+)

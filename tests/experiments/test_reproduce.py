@@ -37,6 +37,21 @@ def test_a_quick_result_is_not_published() -> None:
     assert done.returncode == 2 and "--publish wants the whole experiment" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("asylpg-bits", ["method=dense"], "has no parts"),
+        ("parity", ["dense"], "KEY=VALUE"),
+        ("parity", ["methods=dense"], "did you mean 'method'"),
+        ("parity", ["method=dens"], "did you mean 'dense'"),
+    ],
+)
+def test_a_part_that_there_is_not_is_refused(name: str, words: list[str], message: str, tmp_path: Path) -> None:
+    only = [argument for word in words for argument in ("--only", word)]
+    done = reproduce(name, "--quick", "--out", str(tmp_path / "out"), *only)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
 def result(folder: Path, name: str, text: str) -> Path:
     folder.mkdir()
     (folder / f"{name}.md").write_text(text)
