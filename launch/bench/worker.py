@@ -117,7 +117,9 @@ def train(options: argparse.Namespace, host: Host) -> None:
         if alone is not None and (step % every == 0 or last):
             recorder.compute(alone.seconds(loss_of))
         if evaluate and host.rank == 0:
+            host.model().eval()
             recorder.evaluation(step, task.evaluate(host.model()), loss.item())  # type: ignore[union-attr]
+            host.model().train()
         if evaluate or (alone is not None and step % every == 0):
             host.barrier()
     recorder.close()

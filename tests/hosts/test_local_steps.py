@@ -60,6 +60,10 @@ def test_evaluations_and_checkpoints_see_what_all_ranks_agreed_on_last(reports: 
             assert found["read equal"]
 
 
+def test_so_does_an_evaluation_of_the_module_that_ddp_wraps(reports: Reports) -> None:
+    assert all(report["module inside"]["equal"] for report in reports if "module inside" in report)
+
+
 def test_replicas_are_equal_after_each_exchange_and_after_the_last_partial_round(reports: Reports) -> None:
     for report in reports:
         found = report["compressed"]

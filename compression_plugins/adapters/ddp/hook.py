@@ -145,6 +145,7 @@ class Compression:
         ddp.register_comm_hook(self, reduce_bucket)
         if self.session.hooks:
             ddp.module.register_state_dict_pre_hook(_before_state_dict)
+            ddp.module.register_forward_pre_hook(_before_evaluation)
 
     def _open(self) -> Fillings:
         session = self.session
@@ -359,6 +360,13 @@ def _before_state_dict(module: Any, *_: Any) -> None:
         ddp = compression._ddp()
         if ddp is not None and ddp.module is module:
             compression.session.before_read()
+
+
+@torch.compiler.disable
+def _before_evaluation(module: Any, _: Any) -> None:
+    """Of the module inside, which scripts evaluate without DDP around it."""
+    if not torch.is_grad_enabled() and not module.training:
+        _before_state_dict(module)
 
 
 def _watch_optimizers() -> None:

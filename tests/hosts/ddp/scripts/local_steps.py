@@ -95,10 +95,19 @@ def joined():
     return ""
 
 
+def inside():
+    """An evaluation of the module without DDP around it sees what all ranks agreed on, too."""
+    host = Host({"scheme": "ef_signsgd", "block": 32, "min_numel": 0, "every": 4})
+    for step in range(6):
+        host.train(lambda micro, step=step: laws.loss_of(host.model, step, host.rank))
+    return {"equal": not laws.spread(host, laws.shown(host.model.module))}
+
+
 report = {
     "exact": laws.exact(Host),
     "accumulated": laws.exact(Host, accumulate=3),
     "clipped": laws.exact(Host, clip=0.05),
+    "module inside": inside(),
     "bucket view": laws.exact(lambda *a: Host(*a, gradient_as_bucket_view=True)),
     "compressed": laws.compressed(Host),
     "resumed": laws.resumed(Host),
