@@ -95,3 +95,16 @@ def test_memory_stays_bounded_so_that_what_was_applied_comes_near_a_constant_gra
     steps = 200
     applied = sum(world.step(gradients)[0].double() for _ in range(steps)) / steps
     assert (applied - mean(gradients)).norm() < 0.1 * mean(gradients).norm()
+
+
+def test_nothing_is_lost_when_a_step_reduces_a_bucket_twice() -> None:
+    """The second time memory is read and written in one place."""
+    world = World(config("ef_signsgd", block=BLOCK), 3)
+    came_in = sent = torch.zeros(world.bucket.numel, dtype=torch.float64)
+    for step in range(3):
+        for micro_batch in range(2):
+            gradients = world.gradients(10 * step + micro_batch)
+            came_in, sent = came_in + mean(gradients), sent + world.reduce(gradients)[0]
+        for reducer in world.reducers:
+            reducer.end_step()
+        torch.testing.assert_close(sent + world.memory(), came_in, rtol=0, atol=2e-5)
