@@ -25,6 +25,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "qsgd": {"block": 64},
     "double_quantization": {"block": 64},
     "ef_signsgd": {"block": 64},
+    "ecq_sgd": {"block": 64},
     "fp8": {"block": 64},
 }
 

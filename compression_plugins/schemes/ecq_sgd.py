@@ -1,0 +1,56 @@
+"""ECQ-SGD: few bits per value, with error feedback."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from ..codecs import Codec, Uniform
+from ..core.memory import Memory
+from .base import Scheme
+from .registry import register
+
+if TYPE_CHECKING:
+    from ..collectives import Collective
+
+
+@register
+class ECQSGD(Scheme):
+    """Values are rounded to one of 2^(bits-1) - 1 levels of their block's largest; what that takes away is remembered.
+
+    p = g + alpha r is coded as q, and r <- beta r + g - q. In two stages (`stages`, as of `ef_signsgd`) the owner of a
+    shard remembers what coding the mean takes away, so that traffic does not grow with the number of ranks.
+
+    Departures from the paper. It rounds at random, so that a message is unbiased; with a memory the nearest level
+    (`rounding: nearest`, the default) loses half as much, and nothing for good. And alpha and beta are 1 by default,
+    plain error feedback, which forgets nothing.
+    """
+
+    name: ClassVar[str] = "ecq_sgd"
+    paper: ClassVar[str] = "Wu et al., 2018, arXiv 1806.08054"
+
+    bits: Literal[2, 4, 8] = Field(4, description="bits per value, sign included")
+    block: Annotated[int, Field(ge=32, multiple_of=32)] = Field(256, description="elements that share a scale")
+    rounding: Literal["nearest", "stochastic"] = Field("nearest", description="stochastic is the paper's")
+    alpha: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="part of the memory that is added to a gradient"
+    )
+    beta: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="part of the memory that is kept at each step")
+    stages: Literal["auto", 1, 2] = Field(
+        "auto", description="1: all get all codes; 2: owners code the mean, where that sends less; auto: the faster one"
+    )
+
+    @property
+    def memory(self) -> Memory | None:
+        return Memory(alpha=self.alpha, decay=self.beta)
+
+    @property
+    def collective(self) -> Collective:
+        from ..collectives import ALWAYS_TWO_STAGE, GATHER, TWO_STAGE
+
+        return {"auto": TWO_STAGE, 1: GATHER, 2: ALWAYS_TWO_STAGE}[self.stages]
+
+    @property
+    def codec(self) -> Codec:
+        return Uniform(self.bits, self.block, "absmax", self.rounding)
