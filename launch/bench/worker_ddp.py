@@ -7,13 +7,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, post_localSGD_hook, powerSGD_hook
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .worker import OrdinaryStep, parser, train
+
+
+#: Steps between averages of PyTorch's local SGD, as of our preset `transformer/small`.
+_PERIOD = 4
 
 
 class DDP(OrdinaryStep):
@@ -35,8 +41,18 @@ class DDP(OrdinaryStep):
             # Two dense steps, the fewest that it allows; the default of 1000 would outlast the run.
             self._power = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2)
             self._net.register_comm_hook(self._power, _one_after_the_other(powerSGD_hook.powerSGD_hook))
+        elif self._peer == "post_local_sgd":
+            self._optimizer = self._local(optimizer)
         elif self._peer != "none":
             raise ValueError(f"DDP has no hook {self._peer!r}")
+
+    def _local(self, optimizer: Optimizer) -> Optimizer:
+        """PyTorch's local SGD: every rank by itself, weights averaged every so many steps."""
+        alone = [dist.new_group([rank]) for rank in range(self.ranks)][self.rank]
+        state = post_localSGD_hook.PostLocalSGDState(None, alone, _PERIOD)
+        self._net.register_comm_hook(state, post_localSGD_hook.post_localSGD_hook)
+        averager = PeriodicModelAverager(period=_PERIOD, warmup_steps=_PERIOD)
+        return PostLocalSGDOptimizer(optimizer, averager)
 
     def model(self) -> nn.Module:
         return self._net.module
