@@ -40,6 +40,7 @@ PEERS = {
     "ddp/fp16": "DDP, fp16_compress_hook",
     "ddp/bf16": "DDP, bf16_compress_hook",
     "ddp/powersgd": "DDP, powerSGD_hook of rank 1",
+    "ddp/powersgd2": "DDP, powerSGD_hook of rank 2",
     "horovod/fp16": "hvd.Compression.fp16",
 }
 #: Trained on real data; a better metric is higher for 1, lower for -1.
