@@ -146,20 +146,18 @@ def _abandoned_ones_do_not_disturb(transport: TorchDistributed) -> None:
 def _a_rank_that_dies_before(transport: TorchDistributed) -> None:
     if transport.rank == 1:
         os._exit(0)
-    handles = [transport.all_gather(torch.zeros(LONG)) for _ in range(2)]
-    for handle in handles:
+    for _ in range(2):
         with pytest.raises(RuntimeError):
-            handle.wait()
+            transport.all_gather(torch.zeros(LONG)).wait()
 
 
 def _a_rank_that_dies_amid_a_message(transport: TorchDistributed) -> None:
-    handle = transport.all_gather(torch.zeros(32 * LONG))
-    if transport.rank == 1:
-        os._exit(0)
     with pytest.raises(RuntimeError):
         while True:  # what had left before may still arrive
-            handle.wait()
             handle = transport.all_gather(torch.zeros(32 * LONG))
+            if transport.rank == 1:
+                os._exit(0)
+            handle.wait()
 
 
 def _a_rank_that_never_comes(transport: TorchDistributed) -> None:
