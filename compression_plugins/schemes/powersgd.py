@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 _TINY = 2.0**-126  # smallest normal fp32
+_STRIP = 1 << 18  # values that stay in the cache of a core from one operation to the next
 
 
 @register
@@ -43,33 +44,43 @@ class PowerSGD(Scheme):
     def mean(self, x: Tensor, call: Call) -> Reduction:
         residual = call.residual()
         healthy = finite(x)
-        p = torch.add(residual.old, zero_unless(healthy, x), out=residual.new)  # until the update is known
-        parts = list(p.split([segment.numel for segment in call.segments]))
+        sizes = [segment.numel for segment in call.segments]
         shapes = [self._matrix(segment) for segment in call.segments]
         low = [i for i, shape in enumerate(shapes) if shape]
         dense = [i for i, shape in enumerate(shapes) if not shape]
-        matrices = [parts[i].view(shapes[i]) for i in low]
-        queries = [self._query(m, call, call.segments[i].name) for i, m in zip(low, matrices)]
+
+        def matrices(flat: Tensor) -> list[Tensor]:
+            return [part.view(shape or -1) for part, shape in zip(flat.split(sizes), shapes)]
+
+        gradients, old = matrices(zero_unless(healthy, x)), matrices(residual.old)
+        p = matrices(residual.new)  # gradient plus memory, until the update is known
+        queries = {i: self._query(p[i], call, call.segments[i].name) for i in low}
+        for i in dense:
+            torch.add(old[i], gradients[i], out=p[i])
 
         alarm = torch.where(healthy, 0.0, torch.nan).view(1)  # a rank that is not healthy makes every sum NaN
         # Factors are rows here, (M Q)^T = Q^T M^T and (P^T M): BLAS reads a matrix for two thin rows at the speed of
         # memory, and takes four times as long for two thin columns.
         lefts, tail = yield from _mean(
-            call, [query @ m.T for m, query in zip(matrices, queries)], [parts[i] for i in dense] + [alarm]
+            call,
+            [_compensated_product(queries[i], old[i], gradients[i], p[i]) for i in low],
+            [p[i] for i in dense] + [alarm],
         )
         *tail, alarm = tail
         healthy = alarm.isfinite()
         lefts = [_orthogonal(left.T) for left in lefts]
-        rights, _ = yield from _mean(call, [left.T @ m for m, left in zip(matrices, lefts)], [])
+        rights, _ = yield from _mean(call, [left.T @ p[i] for i, left in zip(low, lefts)], [])
 
-        outputs = x.split([segment.numel for segment in call.segments])
-        for i, left, right, query in zip(low, lefts, rights, queries):
-            torch.mm(left, right, out=outputs[i].view(left.shape[0], -1))
+        outputs = matrices(x)
+        for i, left, right in zip(low, lefts, rights):
+            for rows in _strips(p[i]):
+                _product(left[rows], right, outputs[i][rows])
+                p[i][rows].sub_(zero_unless(healthy, outputs[i][rows]))
             unit = right / right.abs().amax().clamp_min(_TINY)  # only its span matters, and it must not overflow
-            query.copy_(unit.where(healthy & right.any(), query))
+            queries[i].copy_(unit.where(healthy & right.any(), queries[i]))
         for i, mean in zip(dense, tail):
             outputs[i].copy_(mean)
-        p.sub_(zero_unless(healthy, x))
+            p[i].sub_(zero_unless(healthy, mean))
         return nan_unless(healthy, x)
 
     def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
@@ -104,6 +115,30 @@ def _mean(call: Call, first: list[Tensor], second: list[Tensor]) -> Program[tupl
     flat.div_(call.transport.size)
     means = [piece.view_as(t) for piece, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
     return means[: len(first)], means[len(first) :]
+
+
+def _strips(matrix: Tensor) -> list[slice]:
+    """Rows of a matrix that a CPU takes together through several operations; a GPU takes all."""
+    rows, columns = matrix.shape
+    some = max(1, _STRIP // columns) if matrix.is_cpu else rows
+    return [slice(start, start + some) for start in range(0, rows, some)]
+
+
+def _compensated_product(query: Tensor, old: Tensor, gradient: Tensor, out: Tensor) -> Tensor:
+    """Writes old + gradient to `out` [rows, columns]; its left factor query @ out.T, [rank, rows]."""
+    left = query.new_empty(len(query), len(out))
+    for rows in _strips(out):
+        torch.add(old[rows], gradient[rows], out=out[rows])
+        torch.mm(query, out[rows].T, out=left[:, rows])
+    return left
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Writes left [rows, rank] @ right [rank, columns] to `out`."""
+    if out.is_cpu and len(right) == 2:  # for which BLAS takes twice the time of these
+        torch.mul(left[:, :1], right[:1], out=out).addcmul_(left[:, 1:], right[1:])
+    else:
+        torch.mm(left, right, out=out)
 
 
 def _orthogonal(left: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ class Handle(Protocol):
     """An operation in flight."""
 
     def poll(self) -> bool:
-        """True when `wait` will not block."""
+        """True when `wait` will not block. Where the transport is `ordered`, False may mean that it is not known."""
         ...
 
     def wait(self) -> Tensor:
@@ -83,7 +83,7 @@ class Transport(ABC):
 
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Handle:
         """`x` is cut into `send[i]` elements for rank i; the result holds `receive[i]` elements from rank i, in
-        rank order.
+        rank order. `x` is as long on every rank.
         """
         self._count((sum(send) - send[self.rank]) * x.element_size())
         return self._all_to_all(x, send, receive)
@@ -103,12 +103,13 @@ class Transport(ABC):
         return Then(inbox, lambda rows: rows.view(self.size, mine).sum(0, dtype=x.dtype))
 
     def send_recv(self, x: Tensor, to: int, source: int, receive: int | None = None) -> Handle:
-        """Send `x` to rank `to`; the result is what rank `source` sent: `receive` elements, or as many as `x` has.
+        """Send `x` to rank `to`; the result is what rank `source` sent: `receive` elements, or as many as `x` has, if
+        no rank says how many.
 
         Every rank takes part: `to` and `source` are a permutation of ranks and its inverse.
         """
         self._count(_nbytes(x) if to != self.rank else 0)
-        return self._send_recv(x, to, source, x.numel() if receive is None else receive)
+        return self._send_recv(x, to, source, receive)
 
     @abstractmethod
     def scoped(self, name: str) -> Transport:
@@ -141,7 +142,7 @@ class Transport(ABC):
     def _broadcast(self, x: Tensor, root: int) -> Handle: ...
 
     @abstractmethod
-    def _send_recv(self, x: Tensor, to: int, source: int, receive: int) -> Handle: ...
+    def _send_recv(self, x: Tensor, to: int, source: int, receive: int | None) -> Handle: ...
 
     def _partition(self, ranks: Sequence[int]) -> list[list[int]]:
         """The groups of `subgroup`, in order of their first ranks, from what every rank says of its own."""

@@ -103,10 +103,10 @@ class HorovodTransport(Transport):
         handle = mpi_ops.broadcast_async(x, self.process_set.ranks[root], **self._next("broadcast"))
         return HorovodHandle(handle)
 
-    def _send_recv(self, x: Tensor, to: int, source: int, receive: int) -> Handle:
+    def _send_recv(self, x: Tensor, to: int, source: int, receive: int | None) -> Handle:
         """Horovod cannot send and receive: an all-to-all with splits of zero elsewhere takes a cycle of its loop."""
         outward, inward = [0] * self.size, [0] * self.size
-        outward[to], inward[source] = x.numel(), receive
+        outward[to], inward[source] = x.numel(), x.numel() if receive is None else receive
         return self._all_to_all(x, outward, inward)
 
 

@@ -101,7 +101,7 @@ class LocalTransport(Transport):
     def _broadcast(self, x: Tensor, root: int) -> _LocalHandle:
         return self._post("broadcast", x, root)
 
-    def _send_recv(self, x: Tensor, to: int, source: int, receive: int) -> _LocalHandle:
+    def _send_recv(self, x: Tensor, to: int, source: int, receive: int | None) -> _LocalHandle:
         return self._post("send_recv", x, source)
 
 

@@ -6,7 +6,9 @@ Operations run on the current stream of the caller's device, and `wait` orders t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import count
 
 import torch
 import torch.distributed as dist
@@ -17,9 +19,11 @@ from .waiting import stay_awake
 
 #: torch 2.13 renamed it; the old name warns there.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-#: Bytes gathered in all, up to which ranks on the host use an all-to-all, which sends to every rank at once. Gloo's
-#: all-gather hands payloads round a ring, and each of its n - 1 hops waits for a thread to wake.
-_DIRECT = 1 << 19
+#: Bytes exchanged by a rank, up to which ranks on the host use an all-to-all of the backend: who waits for it can poll,
+#: and need not sleep. (Gloo's all-gather hands payloads round a ring, whose n - 1 hops each wait for a thread to wake.)
+_SHORT = 1 << 19
+#: Numbers of messages; those of scripts are below as a rule, and collectives have a space of their own.
+_FIRST_TAG = _TAGS = 1 << 30
 
 
 class TorchDistributed(Transport):
@@ -38,6 +42,12 @@ class TorchDistributed(Transport):
         self.group: dist.ProcessGroup = group if group is not None else dist.group.WORLD  # type: ignore[assignment]
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self._parent = _parent
+        if _parent is None:
+            self._on_gloo = "cpu:gloo" in dist.get_backend_config(self.group).split(",")
+            self._flying: deque[_Exchange] = deque()
+            self._numbers = count()
+        else:
+            self._on_gloo, self._flying, self._numbers = _parent._on_gloo, _parent._flying, _parent._numbers
 
     def scoped(self, name: str) -> TorchDistributed:
         return TorchDistributed(self.group, self._parent or self)
@@ -60,7 +70,9 @@ class TorchDistributed(Transport):
         if self.size == 1:
             return Done(x.clone().view(1, -1))
         result = x.new_empty(self.size, x.numel())
-        if x.is_cpu and result.nbytes <= _DIRECT:
+        if self._is_long(result):
+            return self._exchange(x, [x] * self.size, result, list(result))
+        if x.is_cpu and result.nbytes <= _SHORT:
             copies = x.repeat(self.size)
             work = dist.all_to_all_single(result.view(-1), copies, group=self.group, async_op=True)
             return _Pending(work, result, copies)
@@ -68,11 +80,7 @@ class TorchDistributed(Transport):
         return _Pending(work, result, x)
 
     def _all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Handle:
-        if self.size == 1:
-            return Done(x.clone())
-        result = x.new_empty(sum(receive))
-        work = dist.all_to_all_single(result, x, list(receive), list(send), group=self.group, async_op=True)
-        return _Pending(work, result, x)
+        return self._deal(x, send, receive, self._is_long(x))
 
     def _broadcast(self, x: Tensor, root: int) -> Handle:
         result = x.clone() if root == self.rank else torch.empty_like(x)
@@ -81,12 +89,43 @@ class TorchDistributed(Transport):
         source = dist.get_global_rank(self.group, root)
         return _Pending(dist.broadcast(result, source, group=self.group, async_op=True), result, x)
 
-    def _send_recv(self, x: Tensor, to: int, source: int, receive: int) -> Handle:
-        # Not isend and irecv: Gloo's works for these do not say that they are done before somebody waits for them, and
-        # NCCL needs them grouped. The empty parts of an all-to-all cost no bytes.
+    def _send_recv(self, x: Tensor, to: int, source: int, receive: int | None) -> Handle:
+        # An all-to-all, whose empty parts cost no bytes: NCCL would need an isend and an irecv grouped.
         outward, inward = [0] * self.size, [0] * self.size
-        outward[to], inward[source] = x.numel(), receive
-        return self._all_to_all(x, outward, inward)
+        outward[to], inward[source] = x.numel(), x.numel() if receive is None else receive
+        return self._deal(x, outward, inward, receive is None and self._is_long(x))
+
+    def _deal(self, x: Tensor, send: Sequence[int], receive: Sequence[int], long: bool) -> Handle:
+        if self.size == 1:
+            return Done(x.clone())
+        result = x.new_empty(sum(receive))
+        if long:
+            return self._exchange(x, x.split(list(send)), result, result.split(list(receive)))
+        work = dist.all_to_all_single(result, x, list(receive), list(send), group=self.group, async_op=True)
+        return _Pending(work, result, x)
+
+    def _is_long(self, x: Tensor) -> bool:
+        """Whether `_exchange` is the way of messages that are `x` in all; every rank has as many bytes."""
+        return self._on_gloo and x.is_cpu and x.nbytes > _SHORT
+
+    def _exchange(self, x: Tensor, outbox: Sequence[Tensor], result: Tensor, inbox: Sequence[Tensor]) -> Handle:
+        """Send `outbox[i]`, a part of `x`, to rank i, and receive its message in `inbox[i]`, a part of `result`.
+
+        Data moves in both directions at once, whichever rank comes first. Gloo sends when the receiver has allowed it,
+        and a permission queues behind data that goes the same way. Its collectives send before they receive: the rank
+        that comes last is sending when it allows the other one to, and they take turns.
+        """
+        tag = _FIRST_TAG + next(self._numbers) % _TAGS
+        inbox[self.rank].copy_(outbox[self.rank])
+        others = [(self.rank + i) % self.size for i in range(1, self.size)]
+        works = [self._post(dist.irecv, inbox[rank], rank, tag) for rank in others if inbox[rank].numel()]
+        works += [self._post(dist.isend, outbox[rank], rank, tag) for rank in others if outbox[rank].numel()]
+        exchange = _Exchange(works, result, x, self._flying)
+        self._flying.append(exchange)
+        return exchange
+
+    def _post(self, start: Callable[..., dist.Work | None], x: Tensor, rank: int, tag: int) -> dist.Work:
+        return start(x, dist.get_global_rank(self.group, rank), self.group, tag)  # type: ignore[return-value]
 
 
 class _Pending:
@@ -103,3 +142,28 @@ class _Pending:
             stay_awake(self.poll)
         self._work.wait()
         return self._result
+
+
+class _Exchange:
+    """Messages in flight between this rank and others.
+
+    Their works hold the tensors, and a connection stalls where one is gone before its turn. So an exchange that nobody
+    waits for, as its program was aborted, stays in `flying` until one that began later is done; then it is done too.
+    """
+
+    def __init__(self, works: list[dist.Work], result: Tensor, source: Tensor, flying: deque[_Exchange]) -> None:
+        self._works, self._result, self._source, self._flying = works, result, source, flying
+
+    def poll(self) -> bool:
+        return not self._works  # they do not say that they are done before somebody waits for them
+
+    def wait(self) -> Tensor:
+        while self._works:
+            self._flying[0]._finish()
+            self._flying.popleft()
+        return self._result
+
+    def _finish(self) -> None:
+        while self._works:
+            self._works[0].wait()  # at most once: a second time it would wait for a second message
+            del self._works[0]

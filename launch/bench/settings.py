@@ -41,6 +41,7 @@ PEERS = {
     "ddp/bf16": "DDP, bf16_compress_hook",
     "ddp/powersgd": "DDP, powerSGD_hook of rank 1",
     "ddp/post_local_sgd": "DDP, PostLocalSGDOptimizer, weights averaged every 4 steps",
+    "ddp/powersgd2": "DDP, powerSGD_hook of rank 2",
     "horovod/fp16": "hvd.Compression.fp16",
 }
 #: Trained on real data; a better metric is higher for 1, lower for -1.

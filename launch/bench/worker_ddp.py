@@ -17,6 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .worker import OrdinaryStep, parser, train
 
+_POWERSGD_RANKS = {"powersgd": 1, "powersgd2": 2}
+
 
 #: Steps between averages of PyTorch's local SGD, as of our preset `transformer/small`.
 _PERIOD = 4
@@ -37,9 +39,10 @@ class DDP(OrdinaryStep):
         elif self._peer == "bf16":
             # PyTorch's hook under another name: DDP refuses that name on CPU, for want of a version of NCCL.
             self._net.register_comm_hook(None, lambda state, bucket: default_hooks.bf16_compress_hook(state, bucket))
-        elif self._peer == "powersgd":
+        elif self._peer in _POWERSGD_RANKS:
             # Two dense steps, the fewest that it allows; the default of 1000 would outlast the run.
-            self._power = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2)
+            rank = _POWERSGD_RANKS[self._peer]
+            self._power = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=2)
             self._net.register_comm_hook(self._power, _one_after_the_other(powerSGD_hook.powerSGD_hook))
         elif self._peer == "post_local_sgd":
             self._optimizer = self._local(optimizer)

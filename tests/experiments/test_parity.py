@@ -88,7 +88,7 @@ def test_local_training_is_plain_training_of_every_replica_and_the_mean_of_their
                 torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["sign", "scalecom-50", "local-4-sign", "local-8-sign-cold"])
+@pytest.mark.parametrize("method", ["sign", "scalecom-50", "small", "local-4"])
 def test_bytes_are_those_that_the_schemes_state_for_each_message(method: str) -> None:
     job = replace(JOB, method=method)
     run, workers = train(job), cluster(job)
@@ -113,7 +113,7 @@ def test_bytes_are_those_that_the_reducers_count(monkeypatch: pytest.MonkeyPatch
         return made[-1]
 
     monkeypatch.setattr("launch.experiments.parity.training.cluster", spy)
-    run = train(replace(JOB, method="local-4-sign"))
+    run = train(replace(JOB, method="small"))
     assert run.sent == mean(reducer.transport.sent for reducer in made[0].ranks.reducers) > 0
 
 
@@ -139,7 +139,7 @@ def test_what_is_done_is_not_done_again_and_a_line_that_was_cut_off_is(
     accuracy.run(out, quick=True, only={"method": [DENSE]})
     assert trained == [], "the run that was cut off is of another method"
     accuracy.run(out, quick=True)
-    assert [str(job) for job in trained] == ["transformer, n = 2, 40 steps: local-4-sign, lr 0.005, seed 0"]
+    assert [str(job) for job in trained] == ["transformer, n = 2, 40 steps: small, lr 0.007, seed 0"]
     assert accuracy.recorded(out) == runs
     assert (out / "parity.md").read_text().split("Measured")[0] == before
 

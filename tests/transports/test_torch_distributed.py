@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from compression_plugins.transports.torch_distributed import TorchDistributed
+from compression_plugins.transports.torch_distributed import TorchDistributed, _Exchange
 
 from .contract import check
 
@@ -19,7 +19,7 @@ def _keep(transport: TorchDistributed) -> None:
     run = check(transport)
     handle = run.send(None)
     while True:
-        while not handle.poll():  # `poll` alone must get there
+        while not (isinstance(handle, _Exchange) or handle.poll()):  # `poll` alone must get there
             time.sleep(1e-4)
         try:
             handle = run.send(handle.wait())

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from compression_plugins.config import read_document
+
 from ..tasks import DIGITS_CNN, LARGE_TRANSFORMER, LSTM, TRANSFORMER, Characters, Task, source_code
+
+_CONFIGS = Path(__file__).parents[3] / "configs" / "transformer"
 
 Optimizer = Callable[..., torch.optim.Optimizer]
 
@@ -69,14 +74,22 @@ def _source(task: Characters) -> Characters:
 
 
 SETTINGS = {
-    "transformer": Setting(TRANSFORMER, _ADAM, (0.0035, 0.005, 0.007), 8, _source(TRANSFORMER)),
-    "transformer-adamw": Setting(TRANSFORMER, _ADAMW, (0.0035, 0.005, 0.007), 8, _source(TRANSFORMER)),
-    "large": Setting(LARGE_TRANSFORMER, _ADAM, (0.001, 0.002, 0.004), 8, _source(LARGE_TRANSFORMER)),
+    "transformer": Setting(TRANSFORMER, _ADAM, (0.005, 0.007), 8, _source(TRANSFORMER)),
+    "transformer-adamw": Setting(TRANSFORMER, _ADAMW, (0.005, 0.007), 8, _source(TRANSFORMER)),
+    "large": Setting(LARGE_TRANSFORMER, _ADAM, (0.002, 0.003), 8, _source(LARGE_TRANSFORMER)),
     "lstm": Setting(LSTM, _MOMENTUM, (1.0, 2.0, 4.0), 4, _source(LSTM)),
     "cnn": Setting(DIGITS_CNN, _MOMENTUM, (0.02, 0.05, 0.1), 8),
 }
 
 DENSE = "dense"
+
+
+def _preset(name: str, **keys: Any) -> Method:
+    """`configs/transformer/NAME.yaml`, in two stages always: these networks are so small that a round would be saved."""
+    document = read_document(_CONFIGS / f"{name}.yaml")
+    return Method({**document, "stages": 2, **keys}, warmup=0.0)
+
+
 METHODS = {
     DENSE: Method({"scheme": "none"}),
     "bf16": Method({"scheme": "bf16"}),
@@ -93,28 +106,25 @@ METHODS = {
     "zero-one-sign-64": Method({"scheme": "ef_signsgd", "direction": _zero_one(64)}, _PLAIN),
     "zero-one-scalecom-20": Method({"scheme": "scalecom", "ratio": 20, "direction": _zero_one(64)}, _PLAIN),
     "zero-one-marsit": Method({"scheme": "marsit", "direction": _zero_one(64)}, _PLAIN),
-    "local-8": Method({"scheme": "none", "every": 8}),
-    "local-4-sign": Method({"scheme": "ef_signsgd", "every": 4}),
-    "local-8-sign": Method({"scheme": "ef_signsgd", "every": 8}),
-    "local-8-sign-cold": Method({"scheme": "ef_signsgd", "every": 8}, warmup=0.0),
-    "local-16-sign": Method({"scheme": "ef_signsgd", "every": 16}),
-    "local-32-sign": Method({"scheme": "ef_signsgd", "every": 32, "outer": {"lr": 0.8, "momentum": 0.3}}),
-    "local-4-qsgd": Method({"scheme": "qsgd", "bits": 4, "every": 4}),
-    "local-8-qsgd": Method({"scheme": "qsgd", "bits": 4, "every": 8}),
-    "local-8-scalecom": Method({"scheme": "scalecom", "ratio": 50, "every": 8}),
-    "local-8-marsit": Method({"scheme": "marsit", "flush_steps": 25, "every": 8}),
+    "local-4": Method({"scheme": "none", "every": 4}, warmup=0.0),
+    "local-8-scalecom": Method({"scheme": "scalecom", "ratio": 50, "every": 8}, warmup=0.0),
+    "local-8-marsit": Method({"scheme": "marsit", "flush_steps": 25, "every": 8}, warmup=0.0),
+    "safe": _preset("safe"),
+    "balanced": _preset("balanced"),
+    "small": _preset("small"),
+    "small, one stage": _preset("small", stages=1),
+    "wan": _preset("wan"),
 }
 #: Methods that leave the optimizer to the script, so that any will do.
 _ANY = tuple(name for name, method in METHODS.items() if method.optimizer is None)
-_FEW = (DENSE, "qsgd-4", "scalecom-50", "local-4-sign", "local-8-sign", "local-32-sign")
-_LARGE = (*_FEW, "zero-one-sign-64")
+PRESETS = ("safe", "balanced", "small", "small, one stage", "wan")
 
 PLAN = (
     Part("transformer", tuple(METHODS), (2000, 6000)),
-    Part("transformer", (DENSE, "local-4-sign", "local-8-sign"), (2000,), workers=(2, 8, 16)),
-    Part("transformer-adamw", _FEW, (2000,)),
+    Part("transformer", (DENSE, "small", "small, one stage"), (2000,), workers=(2, 8, 16)),
+    Part("transformer-adamw", (DENSE, *PRESETS), (2000,)),
     Part("lstm", _ANY, (2000,)),
     Part("cnn", _ANY, (2000,)),
-    Part("large", _LARGE, (2000, 6000)),
+    Part("large", (DENSE, *PRESETS, "scalecom-50", "zero-one-sign-64"), (2000, 6000)),
 )
-QUICK = (Part("transformer", (DENSE, "sign", "local-4-sign"), (40,), seeds=(0,), workers=(2,)),)
+QUICK = (Part("transformer", (DENSE, "sign", "small"), (40,), seeds=(0,), workers=(2,)),)

@@ -41,13 +41,13 @@ def same(ranks: Ranks, name: str) -> Any:
     return ranks[0][name]
 
 
-def test_a_layer_that_is_unfrozen_later_trains_as_in_stock(two: Ranks) -> None:
-    found = same(two, "an_unfrozen_layer[0]")
-    moved, _ = found["stock"]
-    assert moved > 0.0 and found["ours"][0] > 0.0, found
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_layer_that_is_unfrozen_later_trains_as_in_stock(two: Ranks, stage: int) -> None:
+    """It does at stage 0; DeepSpeed's partitions are fixed at start-up."""
+    found = same(two, f"an_unfrozen_layer[{stage}]")
+    for moved, replicas_are_equal in (found["stock"], found["ours"]):
+        assert (moved > 0.0) == (stage == 0) and replicas_are_equal, found
     assert found["distance"] <= 1e-6
-    for rank in two:
-        assert rank["an_unfrozen_layer[0]"]["ours"][1], "replicas are equal"
 
 
 @pytest.mark.parametrize("scheme", ["stock", *REMEMBER, "signsgd", "ssdm"])

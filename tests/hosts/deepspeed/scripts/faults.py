@@ -244,7 +244,7 @@ CASES: dict[str, list[tuple[Callable[..., Any], tuple[Any, ...]]]] = {
         (a_dropped_gradient_on_the_way, ("stock", *REMEMBER)),
         (an_overflow, ("stock", "topk", "ef_signsgd")),
         (exempt_bf16, (0, 1)),
-        (an_unfrozen_layer, (0,)),
+        (an_unfrozen_layer, (0, 1, 2)),
     ],
 }
 
