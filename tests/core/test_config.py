@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import compression_plugins
-from compression_plugins.config import Config, Settings, parse_assignments
+from compression_plugins.config import Config, Settings, parse_assignments, presets
 from compression_plugins.config import config as config_module
 from compression_plugins.errors import ConfigError
 from compression_plugins.schemes import registry
@@ -140,3 +140,16 @@ def test_numbers_are_read_as_in_json() -> None:
     for bad in ("ratio", "=3", "ratio=[", "x=!!python/object/apply:os.getcwd []"):
         with pytest.raises(ConfigError, match="KEY=VALUE|is not a YAML value"):
             parse_assignments([bad])
+
+
+@pytest.mark.parametrize("name", sorted(presets()))
+def test_a_preset_is_loaded_by_its_name_and_says_first_what_it_is_for(name: str) -> None:
+    config = Config.load(name)
+    assert config.scheme.name in registry.names()
+    assert presets()[name].startswith("Adam on a transformer")
+    assert Config.load(name, {"every": 16}).every == 16
+
+
+def test_a_misspelt_preset_gets_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'transformer/small'"):
+        Config.load("transformer/smal")

@@ -266,3 +266,25 @@ def test_a_session_is_a_scheme_away_from_its_reducer() -> None:
     assert not session.started and issubclass(Hooked, Scheme)
     with pytest.raises(RuntimeError, match="no step has been reduced yet"):
         _ = session.reducer
+
+
+@pytest.mark.parametrize(
+    ("scheme", "optimizer", "every", "warns"),
+    [
+        ("scalecom", torch.optim.Adam, 1, True),
+        ("marsit", torch.optim.AdamW, 1, True),
+        ("scalecom", torch.optim.SGD, 1, False),
+        ("scalecom", torch.optim.Adam, 4, False),
+        ("qsgd", torch.optim.Adam, 1, False),
+    ],
+)
+def test_a_scheme_that_misses_dense_accuracy_under_adam_says_so_once_with_the_presets_that_do_not(
+    scheme: str, optimizer: Any, every: int, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = Config.load({"scheme": scheme, "every": every})
+    parameters = {name: torch.nn.Parameter(weight) for name, weight in WEIGHTS.items()}
+    session = Session("host", chosen, parameters)
+    for _ in range(2):
+        session.check_optimizer(optimizer(parameters.values(), lr=0.1))
+    said = caplog.text.count("transformer/small")
+    assert said == (1 if warns else 0)

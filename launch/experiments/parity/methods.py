@@ -85,7 +85,7 @@ DENSE = "dense"
 
 
 def _preset(name: str, **keys: Any) -> Method:
-    """`configs/transformer/NAME.yaml`, in two stages always: these networks are so small that a round would be saved."""
+    """`configs/transformer/NAME.yaml`, always in two stages: networks this small would rather save a round."""
     document = read_document(_CONFIGS / f"{name}.yaml")
     return Method({**document, "stages": 2, **keys}, warmup=0.0)
 
