@@ -162,8 +162,8 @@ class Session:
             if names and not self._warned:
                 warn(
                     f"{self.host}: with {type(optimizer).__name__}, gradients sent by {' and '.join(names)} did not "
-                    "reach the loss of dense training on a transformer (docs/benchmarks/parity.md); presets made for it: "
-                    f"{', '.join(presets())}"
+                    "reach the loss of dense training on a transformer (docs/benchmarks/parity.md); presets made for "
+                    f"it: {', '.join(presets())}"
                 )
             self._warned = True
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from compression_plugins.config import Config
 
-from .settings import REAL_MODELS, Choice, Experiment, digest
+from .settings import LOCAL_PEERS, REAL_MODELS, Choice, Experiment, digest
 
 Kind = Literal["speed", "accuracy", "quality", "prediction"]
 
@@ -51,6 +51,11 @@ class Cell:
     def key(self) -> str:
         """Equal exactly for cells whose measurement is the same, the scheme's whole configuration included."""
         return digest({name: value for name, value in asdict(self).items() if name != "target"})
+
+    @property
+    def round_steps(self) -> int:
+        """Steps from one exchange to the next."""
+        return LOCAL_PEERS.get(self.scheme) or (self.config or {}).get("every", 1)
 
     def settings(self) -> dict[str, Any]:
         """What a row repeats of its cell: everything but the configuration, of which it has the digest."""

@@ -16,7 +16,8 @@ from .cells import Cell
 def read(folder: Path, cell: Cell) -> dict[str, Any]:
     """Times in seconds and sizes in bytes, a step; of rank 0 where not said otherwise; warm-up steps left out.
 
-    step_s, step_quartiles_s: median and quartiles of a step's time.
+    step_s, step_quartiles_s: median and quartiles of a step's time; where ranks meet every so many steps only, of the
+        mean step of whole rounds.
     compute_s: median time of the same step without communication.
     sent_bytes, typical_bytes: by one rank over its interface, headers included, mean over ranks; mean and median over
         steps.
@@ -36,29 +37,37 @@ def read(folder: Path, cell: Cell) -> dict[str, Any]:
     steps = [[r for r in records if r["kind"] == "step"][cell.warmup_steps :] for records in ranks]
     if any(len(each) != cell.steps for each in steps):
         raise ValueError(f"{folder}: {[len(each) for each in steps]} steps a rank instead of {cell.steps}")
+    if cell.steps < cell.round_steps:
+        raise ValueError(f"{cell.steps} steps hold no whole round of {cell.round_steps}: time more")
     sent = [mean(rank[i]["sent_bytes"] for rank in steps) / share for i in range(cell.steps)]
-    times = [record["seconds"] for record in steps[0]]
+    times = _by_round([record["seconds"] for record in steps[0]], cell.round_steps)
     points = [[r["step"], r["accuracy"]] for r in ranks[0] if r["kind"] == "evaluation"]
     return {
         **json.loads((folder / "about.json").read_text()),
-        **_telemetry(folder / "telemetry.jsonl", cell.warmup_steps),
+        **_telemetry(folder / "telemetry.jsonl", cell.warmup_steps, cell.round_steps),
         "step_s": median(times),
         "step_quartiles_s": [quantiles(times)[0], quantiles(times)[2]] if len(times) > 1 else times * 2,
         "compute_s": median(r["seconds"] for r in ranks[0] if r["kind"] == "compute"),
         "sent_bytes": mean(sent),
-        "typical_bytes": median(sent),
+        "typical_bytes": median(_by_round(sent, cell.round_steps)),
         **({"points": points, "metric": points[-1][1]} if points else {}),
     }
 
 
-def _telemetry(path: Path, warmup: int) -> dict[str, float]:
+def _by_round(values: list[float], steps: int) -> list[float]:
+    """The means of as many whole rounds as there are; all values where a round is one step."""
+    return [mean(values[i : i + steps]) for i in range(0, len(values) - steps + 1, steps)]
+
+
+def _telemetry(path: Path, warmup: int, steps: int) -> dict[str, float]:
     records = read_records(path)[warmup:]
     if not records:
         return {}
     names = {"payload_bytes": "sent_bytes", "ratio": "ratio", "state_bytes": "state_bytes"}
     names |= {f"{phase}_s": f"{phase}_s" for phase in PHASES}
     known = {new: [r[old] for r in records if r[old] is not None] for new, old in names.items()}
-    return {name: median(values) for name, values in known.items() if values}
+    rounds = {name: _by_round(values, steps) for name, values in known.items()}
+    return {name: median(values) for name, values in rounds.items() if values}
 
 
 def steps_to(points: list[list[float]], target: float, better: int) -> int | None:

@@ -40,10 +40,12 @@ PEERS = {
     "ddp/fp16": "DDP, fp16_compress_hook",
     "ddp/bf16": "DDP, bf16_compress_hook",
     "ddp/powersgd": "DDP, powerSGD_hook of rank 1",
-    "ddp/post_local_sgd": "DDP, PostLocalSGDOptimizer, weights averaged every 4 steps",
+    "ddp/post_local_sgd": "DDP, PostLocalSGDOptimizer: weights averaged every 4 steps",
     "ddp/powersgd2": "DDP, powerSGD_hook of rank 2",
     "horovod/fp16": "hvd.Compression.fp16",
 }
+#: Of these, steps between exchanges where there is not one in each.
+LOCAL_PEERS = {"ddp/post_local_sgd": 4}
 #: Trained on real data; a better metric is higher for 1, lower for -1.
 REAL_MODELS = {"mlp": 1, "cnn": 1, "transformer": -1}
 UNITS = {"mlp": "% test accuracy", "cnn": "% test accuracy", "transformer": "bits a character"}

@@ -15,13 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .settings import LOCAL_PEERS
 from .worker import OrdinaryStep, parser, train
 
 _POWERSGD_RANKS = {"powersgd": 1, "powersgd2": 2}
 
 
 #: Steps between averages of PyTorch's local SGD, as of our preset `transformer/small`.
-_PERIOD = 4
+_PERIOD = LOCAL_PEERS["ddp/post_local_sgd"]
 
 
 class DDP(OrdinaryStep):

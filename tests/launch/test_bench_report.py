@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,10 @@ def test_a_run_is_read_without_its_warm_up(tmp_path: Path) -> None:
     assert found["step_s"] == 0.2 and found["sent_bytes"] == pytest.approx((20 + 30 + 70) / 3)
     assert found["typical_bytes"] == 30 and found["compute_s"] == 0.05
     assert found["wire_s"] == 0.3 and found["payload_bytes"] == 8 and "ratio" not in found
+    local = replace(cell, config={"every": 3})
+    assert read_run(tmp_path, local)["step_s"] == pytest.approx(0.3), "the mean step of a whole round"
+    with pytest.raises(ValueError, match="3 steps hold no whole round of 4"):
+        read_run(tmp_path, replace(cell, scheme="ddp/post_local_sgd"))
     (tmp_path / "rank1.jsonl").unlink()
     with pytest.raises(ValueError, match="does not hold a finished run of 2 ranks"):
         read_run(tmp_path, cell)
