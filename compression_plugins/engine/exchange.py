@@ -39,7 +39,7 @@ class Owner(Protocol):
 class UpdateExchange:
     """Averages over the ranks of a session; the `Exchange` of its `LocalUpdates`.
 
-    Updates travel in the buckets of gradients, in fp32 where nothing compresses them, under the role "update".
+    Updates travel in the buckets of gradients under the role "update": in fp32 where nothing compresses them, or fp64.
     """
 
     def __init__(self, session: Owner) -> None:
@@ -91,7 +91,8 @@ class UpdateExchange:
         for bucket in self._session.plan.buckets:
             segments = tuple(segment for segment in bucket.segments if segment.name in vectors)
             if segments:
-                found.append(replace(bucket, segments=segments, dtype="float32", role="update", direction=GRADIENT))
+                dtype = "float64" if bucket.dtype == "float64" else "float32"
+                found.append(replace(bucket, segments=segments, dtype=dtype, role="update", direction=GRADIENT))
         return found
 
     def _start(self, bucket: Bucket, vectors: Vectors, veto: bool | None) -> None:
@@ -115,5 +116,6 @@ class UpdateExchange:
 
 
 def _flat(bucket: Bucket, vectors: Vectors) -> Tensor:
-    """fp32 [bucket.numel], a copy."""
-    return torch.cat([vectors[segment.name].detach().float().reshape(-1) for segment in bucket.segments])
+    """[bucket.numel] of the bucket's dtype, a copy."""
+    dtype = getattr(torch, bucket.dtype)
+    return torch.cat([vectors[segment.name].detach().to(dtype).reshape(-1) for segment in bucket.segments])

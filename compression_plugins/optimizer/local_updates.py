@@ -34,7 +34,7 @@ class Outer(NamedTuple):
 
 
 class Exchange(Protocol):
-    """How fp32 vectors, one for each parameter, become their means over ranks."""
+    """How vectors, one for each parameter, become their means over ranks."""
 
     def local(self) -> bool:
         """Whether ranks train by themselves in this step."""
@@ -71,7 +71,7 @@ class LocalUpdates(StepHook):
     then readers see this rank's own. Writes are noticed by torch's version counters, which `p.data` does not have: what
     is written through `p.data` in the middle of a round counts as training.
 
-    Keeps for each parameter its anchor, its drift, and with an outer momentum that: fp32 each.
+    Keeps for each parameter its anchor, its drift, and with an outer momentum that: fp32 each, fp64 of fp64 parameters.
 
     Args:
         outer: the outer optimizer.
@@ -138,8 +138,8 @@ class LocalUpdates(StepHook):
             p = self._parameters[name]
             anchor = self._anchors.get(name)
             if anchor is None or anchor.shape != p.shape:
-                self._anchors[name] = p.detach().float().clone(memory_format=torch.preserve_format)
-            elif p.dtype == torch.float32:
+                self._anchors[name] = p.detach().to(_wide(p.dtype), copy=True)
+            elif p.dtype == anchor.dtype:
                 anchor.copy_(p)
             else:  # what rounding to the parameter's dtype took away is still known, where the script wrote nothing
                 torch.where(anchor.to(p.dtype) == p, anchor, p.float(), out=anchor)
@@ -202,7 +202,7 @@ class LocalUpdates(StepHook):
             drift = self._drifts.get(name)
             if drift is None or drift.shape != p.shape:
                 drift = self._drifts[name] = torch.empty_like(anchor)
-            torch.sub(anchor if p.dtype == torch.float32 else anchor.to(p.dtype).float(), p, out=drift)
+            torch.sub(anchor.to(p.dtype).to(anchor.dtype), p.to(anchor.dtype), out=drift)
         moments = self._moments(optimizer) if self.outer.moments == "mean" and optimizer is not None else []
         return self._exchange.start({name: self._drifts[name] for name in self._live()}, moments, veto=self._edited)
 
@@ -274,3 +274,8 @@ class LocalUpdates(StepHook):
         for name in self._anchors:
             self._parameters[name].copy_(saved["own"][name])
         self._remember()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """In which differences of parameters of `dtype` are kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

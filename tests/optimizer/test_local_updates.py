@@ -298,6 +298,16 @@ def test_half_precision_parameters_lose_no_small_steps_to_rounding() -> None:
     assert torch.equal(bias.detach(), torch.full_like(bias, 1 + 2 * 2**-7))
 
 
+def test_double_precision_parameters_are_averaged_in_double_precision() -> None:
+    cluster = Cluster("ef_signsgd", dtype=torch.float64)
+    for _ in range(3):
+        cluster.step()
+    ends: list[list[Tensor]] = []
+    cluster.step(at_exchange=lambda hook: ends.append(own(hook)))
+    for weight, *each in zip(cluster.weights(2), *ends):
+        torch.testing.assert_close(weight, torch.stack(each).mean(0), rtol=1e-14, atol=1e-14)
+
+
 def test_moments_are_averaged_where_the_configuration_says_so() -> None:
     local, mean = Cluster("ef_signsgd"), Cluster("ef_signsgd", outer={"moments": "mean"})
     for cluster in (local, mean):
