@@ -104,11 +104,9 @@ _OWN = [each.name for each in fields(Run) if each.name != "job"]
 
 
 def document(job: Job) -> dict[str, Any]:
-    """The configuration of a job: biases and norms are compressed as well, for in networks this small they would be
-    most of what is left to send.
-    """
+    """The configuration of a job: by default biases and norms travel as they are, in these networks as in others."""
     method = METHODS[job.method]
-    common = {"warmup_steps": _share(method.warmup, job), "seed": job.seed, "rules": [{"match": "*"}]}
+    common = {"warmup_steps": _share(method.warmup, job), "seed": job.seed}
     return {**common, **method.config}
 
 
