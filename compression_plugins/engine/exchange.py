@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +14,7 @@ from ..collectives import dense_mean
 from ..config import Config
 from ..optimizer.directions import GRADIENT
 from .driver import Work
+from .notice import warn
 from .plan import Bucket, Plan
 from .reducer import Reducer
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from ..core.call import Call, Reduction
 
 Vectors = Mapping[str, Tensor]
+Around = Callable[["Reduction", "Call"], "Reduction"]
+_VETOES = 3
 
 
 class Owner(Protocol):
@@ -43,9 +47,9 @@ class UpdateExchange:
     """
 
     def __init__(self, session: Owner) -> None:
-        self._session = session
+        self._session: Owner = weakref.proxy(session)  # which holds us
         self._under_way: list[tuple[Bucket, Vectors, Work[Tensor]]] = []
-        self._vetoed = False
+        self._vetoed, self._veto, self._vetoes = False, "", 0
 
     def local(self) -> bool:
         """Whether ranks train by themselves in this step."""
@@ -60,16 +64,19 @@ class UpdateExchange:
         """Parameters of the plan."""
         return [row.name for row in self._session.plan.rows]
 
-    def start(self, drifts: Vectors, moments: Sequence[Vectors], veto: bool) -> list[Work[Tensor]]:
+    def start(self, drifts: Vectors, moments: Mapping[str, Vectors], veto: str) -> list[Work[Tensor]]:
         """Begin to replace `drifts` by what the schemes make of their mean, or where some rank has a veto by the mean
-        of the parameters themselves; and `moments` by their means. The works that do it.
+        of the parameters themselves; and each of `moments` by its mean. The works that do it.
+
+        Args:
+            veto: name of a parameter that the script has written to, or "".
         """
-        self._vetoed = False
+        self._vetoed, self._veto = False, veto
         for bucket in self._buckets(drifts):
-            self._start(bucket, drifts, veto)
-        for vectors in moments:
-            for bucket in self._buckets(vectors):
-                self._start(bucket, vectors, None)
+            self._start(bucket, drifts, self._or_exactly(bucket))
+        for key, vectors in moments.items():
+            for bucket in self._buckets(vectors, f"{key}: "):
+                self._start(bucket, {f"{key}: {name}": vector for name, vector in vectors.items()})
         return [work for _, _, work in self._under_way]
 
     def finish(self) -> bool:
@@ -83,36 +90,46 @@ class UpdateExchange:
                 vector.copy_(piece.view(vector.shape))
         if self._vetoed:
             self._session.reducer.drop()
+        self._vetoes = self._vetoes + 1 if self._vetoed else 0
+        if self._vetoes == _VETOES and self._veto:
+            warn(
+                f"{_VETOES} exchanges in a row averaged the weights without compression: the script writes to them "
+                f"between steps, to {self._veto!r} for one (a clamp, a mask, max_norm of an embedding)"
+            )
         return not self._vetoed
 
-    def _buckets(self, vectors: Vectors) -> list[Bucket]:
-        """Those of the plan, as far as there are vectors for them."""
+    def _buckets(self, vectors: Vectors, prefix: str = "") -> list[Bucket]:
+        """Those of the plan, as far as there are vectors for them. With a prefix their operations have other names."""
         found = []
         for bucket in self._session.plan.buckets:
-            segments = tuple(segment for segment in bucket.segments if segment.name in vectors)
+            segments = tuple(s._replace(name=prefix + s.name) for s in bucket.segments if s.name in vectors)
             if segments:
                 dtype = "float64" if bucket.dtype == "float64" else "float32"
                 found.append(replace(bucket, segments=segments, dtype=dtype, role="update", direction=GRADIENT))
         return found
 
-    def _start(self, bucket: Bucket, vectors: Vectors, veto: bool | None) -> None:
-        """With `veto` None exactly, come what may."""
+    def _start(self, bucket: Bucket, vectors: Vectors, around: Around | None = None) -> None:
+        """Compressed, or without `around` exactly."""
         parameters = self._session.parameters
-        frozen = frozenset(s.name for s in bucket.segments if not parameters[s.name].requires_grad)
+        frozen = frozenset(
+            s.name for s in bucket.segments if s.name in parameters and not parameters[s.name].requires_grad
+        )
+        reducer = self._session.reducer
+        work = reducer.start(bucket, _flat(bucket, vectors), absent=frozen, exact=around is None, around=around)
+        self._under_way.append((bucket, vectors, work))
 
-        def or_exactly(program: Reduction, call: Call) -> Reduction:
-            ballot = call.transport.all_reduce(torch.tensor([float(veto or 0)], device=bucket.device))
+    def _or_exactly(self, bucket: Bucket) -> Around:
+        """What the scheme makes of a bucket, unless some rank has a veto."""
+
+        def around(program: Reduction, call: Call) -> Reduction:
+            ballot = call.transport.all_reduce(torch.tensor([float(bool(self._veto))], device=bucket.device))
             result = yield from program
             if float((yield ballot)):
                 self._vetoed = True
-                result = yield from dense_mean(call, _flat(bucket, parameters))
+                result = yield from dense_mean(call, _flat(bucket, self._session.parameters))
             return result
 
-        exact = veto is None
-        work = self._session.reducer.start(
-            bucket, _flat(bucket, vectors), absent=frozen, exact=exact, around=None if exact else or_exactly
-        )
-        self._under_way.append((bucket, vectors, work))
+        return around
 
 
 def _flat(bucket: Bucket, vectors: Vectors) -> Tensor:

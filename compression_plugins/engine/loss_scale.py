@@ -19,7 +19,13 @@ _scalers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class Sharing(Protocol):
-    """Whose ranks look for overflows together."""
+    """Whose ranks look for overflows together, in the order of their names."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def started(self) -> bool: ...
 
     def agree(self, optimizer: Any, found_inf: Tensor) -> None:
         """Let `found_inf`, of this rank's gradients of `optimizer`, be 1 where it is on any rank."""
@@ -46,7 +52,7 @@ def watch() -> None:
     @functools.wraps(look)
     def _unscale_grads_(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         found: dict[torch.device, Tensor] = look(self, optimizer, *args, **kwargs)
-        for session in list(_sharing):
+        for session in sorted((s for s in _sharing if s.started), key=lambda s: s.name):
             for value in found.values():
                 session.agree(optimizer, value)
         return found

@@ -168,16 +168,22 @@ class Reducer:
         self._uses.clear()
         self.state.rollback()
 
+    def keep(self) -> None:
+        """What reductions have changed in the state since the last step is kept, outside of a step."""
+        self._uses.clear()
+        self.engine.settle()
+        self.state.commit()
+
     def end_step(self, skipped: bool = False) -> None:
         """Call once after each optimizer step: what it changed in the state is kept, and `step` grows by one. A skipped
         step leaves no trace and does not count.
         """
-        self._uses.clear()
-        self.engine.settle()
         if skipped:
+            self._uses.clear()
+            self.engine.settle()
             self.state.rollback()
         else:
-            self.state.commit()
+            self.keep()
             self.step += 1
         if self.telemetry is not None:
             self.telemetry.step(self._counters(skipped))

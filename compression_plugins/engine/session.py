@@ -104,6 +104,7 @@ class Session:
         self.plan = make_plan(config, self.specs(self.parameters))
         self.hooks: list[StepHook] = []
         self._local_updates: LocalUpdates | None = None
+        self._finished = -1  # the step at which a last round was exchanged
         self._makes_hooks = False
         self.reductions = 1
         self._speaks, self._warned = speaks, False
@@ -155,6 +156,11 @@ class Session:
             UnsupportedError: the configuration has the optimizer's work before the average, and this one would repeat
                 it.
         """
+        if self.config.every > 1 and any(c.__name__ == "ZeroRedundancyOptimizer" for c in type(optimizer).__mro__):
+            raise UnsupportedError(
+                f"{self.host} compression: every: {self.config.every} lets each rank take steps by itself, and "
+                "ZeroRedundancyOptimizer shards the optimizer: use the optimizer inside of it, or set every to 1"
+            )
         if self.config.direction.formed:
             check_plain(optimizer, f"{self.host} compression: direction: {self.config.direction.kind}")
         elif self.config.every == 1 and "betas" in getattr(optimizer, "defaults", {}) and self._speaks:
@@ -271,14 +277,26 @@ class Session:
         reducer.end_step(skipped)
         self._tally.steps += 1
         self._tally.dense += dense * self.reductions
-        self._tally.sent = self._earlier[0] + reducer.transport.sent
-        self._tally.exposed_s = self._earlier[1] + reducer.engine.seconds.exposed
+        self._book()
+
+    def _book(self) -> None:
+        self._tally.sent = self._earlier[0] + self.reducer.transport.sent
+        self._tally.exposed_s = self._earlier[1] + self.reducer.engine.seconds.exposed
 
     def finish(self, optimizer: Any = None) -> None:
         """Training is over, on every rank: exchange what a last, partial round has learned."""
-        if self._local_updates is not None and self.started:
+        if self._local_updates is None or not self.started or self.reducer.step == self._finished:
+            return
+        if self.reducer.local and (self.reducer.step - self.config.warmup_steps) % self.config.every:
             self._local_updates.exchange(optimizer)
-            self.reducer.state.commit()
+            self.reducer.keep()
+            self._finished = self.reducer.step
+            self._book()
+
+    def other_stepped(self) -> None:
+        """An optimizer has stepped some of the parameters, beside the one that ends the step."""
+        if self._local_updates is not None:
+            self._local_updates.stepped()
 
     def drop(self) -> None:
         """The script has thrown this step's gradients away."""

@@ -305,12 +305,13 @@ def reshard(saved: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Each rank gets the mean of the old residuals: what is still owed to the averaged update stays the same whatever the
     number of ranks. (Handing out equal parts of their *sum* would scale it by the change of that number.) Other
-    memories of one value for each element are averaged alike; named tensors are those of the first rank.
+    memories of one value for each element are averaged alike; named tensors are those of the first rank. Step hooks
+    begin anew.
     """
     if not saved:
         raise CompressionError("no state to reshard")
     vectors = {slot: _mean([state["vectors"].get(slot, {}) for state in saved]) for slot in saved[0]["vectors"]}
-    return {**saved[0], "vectors": vectors}
+    return {**saved[0], "vectors": vectors, "hooks": []}
 
 
 def _mean(saved: Sequence[Mapping[str, Mapping[int, Tensor]]]) -> dict[str, dict[int, Tensor]]:

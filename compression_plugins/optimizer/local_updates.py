@@ -48,9 +48,12 @@ class Exchange(Protocol):
         """Parameters that are averaged."""
         ...
 
-    def start(self, drifts: Mapping[str, Tensor], moments: Sequence[Mapping[str, Tensor]], veto: bool) -> list[Any]:
+    def start(self, drifts: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]], veto: str) -> list[Any]:
         """Begin to replace `drifts` by what the schemes make of their mean, or where some rank has a veto by the mean
-        of the parameters themselves; and `moments` by their means. What is on its way, for who drives many ranks.
+        of the parameters themselves; and each of `moments` by its mean. What is on its way, for who drives many ranks.
+
+        Args:
+            veto: name of a parameter that the script has written to, or "".
         """
         ...
 
@@ -64,14 +67,16 @@ class LocalUpdates(StepHook):
 
     The anchor is what all ranks agreed on last. A round begins with it, at the first forward pass or optimizer step
     after an exchange: whatever a script writes to the weights until then belongs to it. Whoever reads the weights
-    during a round, to evaluate or to save, sees the anchor, the same on every rank; training goes on where it was.
+    during a round, to evaluate or to save, sees the anchor, the same on every rank; training goes on where it was. Only
+    between a forward pass and its backward pass the weights stay what they are.
 
     A script that writes to the weights in the middle of a round (it loads others, or sets a row to zero) cannot wait
     for a coded drift to bring that about: the exchange that follows averages the weights themselves, exactly, and until
     then readers see this rank's own. Writes are noticed by torch's version counters, which `p.data` does not have: what
-    is written through `p.data` in the middle of a round counts as training.
+    is written through `p.data` in the middle of a round counts as training. We ourselves write through it.
 
-    Keeps for each parameter its anchor, its drift, and with an outer momentum that: fp32 each, fp64 of fp64 parameters.
+    Keeps for each parameter its anchor, its drift, and with an outer momentum that: fp32 each, fp64 of fp64 parameters;
+    and while the anchor is shown this rank's own weights.
 
     Args:
         outer: the outer optimizer.
@@ -86,7 +91,8 @@ class LocalUpdates(StepHook):
         self._momentum: dict[str, Tensor] = {}
         self._own: dict[str, Tensor] = {}  # this rank's weights, while the parameters hold the anchor
         self._open = False  # a round has begun
-        self._edited = False  # and the script has written to the weights since
+        self._computing = False  # between a forward pass and its backward pass
+        self._edited = ""  # a parameter that the script has written to since the round began
         self._doubt = False  # nobody knows whether ranks begin the next round with the same weights
         self._versions: dict[str, int] = {}
 
@@ -94,46 +100,54 @@ class LocalUpdates(StepHook):
 
     def before_forward(self) -> None:
         """Training goes on: a round begins, or this rank's own weights come back."""
-        self._come_back()
-        self._begin()
+        self._go_on()
+        self._computing = True
 
     def after_backward(self) -> None:
         """The same before an optimizer's step, for a model that is not watched."""
-        self._come_back()
-        self._begin()
+        self._computing = False
+        self._go_on()
         self._notice()
 
     @torch.no_grad()
     def before_read(self) -> None:
         """Show the anchor, until training goes on."""
-        if not self._open or self._own:
+        if not self._open or self._own or self._computing:
             return
         self._notice()
         if self._edited:
             return
-        live = self._live()
-        self._own = {name: self._parameters[name].detach().clone() for name in live}
-        torch._foreach_copy_([self._parameters[name] for name in live], [self._anchors[name] for name in live])
-        self._remember()
+        self._own = {name: self._parameters[name].detach().clone() for name in self._live()}
+        self._show([self._anchors[name] for name in self._own])
 
     @contextmanager
     def exact(self) -> Iterator[None]:
         """Inside, parameters hold the anchor; afterwards they are what they were."""
-        was = bool(self._own)
+        was, computing = bool(self._own), self._computing
+        self._computing = False
         self.before_read()
         try:
             yield
         finally:
             if not was:
                 self._come_back()
+            self._computing = computing
+
+    def stepped(self) -> None:
+        """An optimizer has written to the parameters: no script has."""
+        self._versions = {name: p._version for name, p in self._parameters.items()}
+
+    def _go_on(self) -> None:
+        self._come_back()
+        if self._exchange.local():
+            self._begin()
 
     @torch.no_grad()
     def _begin(self) -> None:
-        if not self._exchange.local():
-            return
         fresh = [name for name in self._exchange.names() if not self._open or name not in self._anchors]
         if not fresh:
             return
+        self._notice()
         for name in fresh:
             p = self._parameters[name]
             anchor = self._anchors.get(name)
@@ -144,58 +158,52 @@ class LocalUpdates(StepHook):
             else:  # what rounding to the parameter's dtype took away is still known, where the script wrote nothing
                 torch.where(anchor.to(p.dtype) == p, anchor, p.float(), out=anchor)
         if not self._open:
-            self._open, self._edited, self._doubt = True, self._doubt, False
-        self._remember()
+            self._open, self._edited, self._doubt = True, fresh[0] if self._doubt else "", False
+        self.stepped()
 
     @torch.no_grad()
     def _come_back(self) -> None:
         """From the anchor to this rank's own weights. What the script wrote meanwhile stays written."""
-        if not self._own:
-            return
         own, self._own = self._own, {}
+        if not own:
+            return
+        self._notice()
         for name, weights in own.items():
-            p, anchor = self._parameters[name], self._anchors[name]
-            shown = anchor.to(p.dtype)
-            if torch.equal(p, shown):
-                p.copy_(weights)
-            else:
-                p.add_(weights - shown)
-                self._edited = True
-        self._remember()
+            p = self._parameters[name].data
+            torch.where(p == self._anchors[name].to(p.dtype), weights, p, out=p)
 
     def _live(self) -> list[str]:
         return [name for name in self._exchange.names() if name in self._anchors]
 
-    def _remember(self) -> None:
-        self._versions = {name: p._version for name, p in self._parameters.items()}
+    def _show(self, weights: Sequence[Tensor]) -> None:
+        torch._foreach_copy_([self._parameters[name].data for name in self._live()], list(weights))
 
     def _notice(self) -> None:
         """Whether the script has written to the weights since we last looked."""
         if self._open:
-            now = {name: p._version for name, p in self._parameters.items()}
-            self._edited |= now != self._versions
-            self._versions = now
+            before = self._versions
+            self.stepped()
+            moved = (name for name, version in self._versions.items() if version != before.get(name, version))
+            self._edited = self._edited or next(moved, "")
 
     # -- the exchange
 
     def after_step(self, step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Step number `step` is done: exchange if a round ends with it."""
-        if not self._exchange.local():
-            return
-        self._remember()
+        self.stepped()
         if self._exchange.due():
             self.exchange(optimizer)
 
     def exchange(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """End the round here, on every rank alike. Nothing happens where none has begun."""
-        if self._open:
-            self.start_exchange(optimizer)
-            self.finish_exchange()
+        """End the round here, on every rank alike."""
+        self.start_exchange(optimizer)
+        self.finish_exchange()
 
     @torch.no_grad()
     def start_exchange(self, optimizer: torch.optim.Optimizer | None = None) -> list[Any]:
         """The drift of this rank leaves; what is on its way."""
-        self._come_back()
+        self._computing = False
+        self._go_on()
         self._notice()
         for name in self._live():
             p, anchor = self._parameters[name], self._anchors[name]
@@ -203,8 +211,8 @@ class LocalUpdates(StepHook):
             if drift is None or drift.shape != p.shape:
                 drift = self._drifts[name] = torch.empty_like(anchor)
             torch.sub(anchor.to(p.dtype).to(anchor.dtype), p.to(anchor.dtype), out=drift)
-        moments = self._moments(optimizer) if self.outer.moments == "mean" and optimizer is not None else []
-        return self._exchange.start({name: self._drifts[name] for name in self._live()}, moments, veto=self._edited)
+        moments = self._moments(optimizer) if self.outer.moments == "mean" and optimizer is not None else {}
+        return self._exchange.start({name: self._drifts[name] for name in self._live()}, moments, self._edited)
 
     @torch.no_grad()
     def finish_exchange(self) -> None:
@@ -213,11 +221,11 @@ class LocalUpdates(StepHook):
         anchors, drifts = ([kept[name] for name in live] for kept in (self._anchors, self._drifts))
         if self._exchange.finish():
             torch._foreach_sub_(anchors, self._outer_step(live, drifts), alpha=self.outer.lr)
-        else:  # the mean of the weights themselves
+        else:  # the mean of the weights themselves, which may be others than those that the momentum is of
             torch._foreach_copy_(anchors, drifts)
-        torch._foreach_copy_([self._parameters[name] for name in live], anchors)
-        self._open = self._edited = False
-        self._remember()
+            self._momentum.clear()
+        self._show(anchors)
+        self._open, self._edited = False, ""
 
     def _outer_step(self, live: Sequence[str], drifts: list[Tensor]) -> list[Tensor]:
         if not self.outer.momentum:
@@ -233,15 +241,16 @@ class LocalUpdates(StepHook):
         torch._foreach_add_(drifts, momenta, alpha=self.outer.momentum)
         return drifts
 
-    def _moments(self, optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
+    def _moments(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
         """What the optimizer keeps for each element, by its name for it, in one order on every rank."""
         kept: dict[str, dict[str, Tensor]] = {}
         for name in self._live():
             p = self._parameters[name]
             for key, value in optimizer.state.get(p, {}).items():
-                if torch.is_tensor(value) and value.is_floating_point() and value.shape == p.shape:
+                alike = torch.is_tensor(value) and value.shape == p.shape and value.device == p.device
+                if alike and value.is_floating_point() and key != "step":
                     kept.setdefault(key, {})[name] = value
-        return [kept[key] for key in sorted(kept)]
+        return {key: kept[key] for key in sorted(kept)}
 
     # -- state
 
@@ -269,11 +278,11 @@ class LocalUpdates(StepHook):
             }
             for key in ("momentum", "anchors")
         )
-        self._open, self._edited = bool(self._anchors), bool(saved.get("edited", False))
+        self._open, self._edited = bool(self._anchors), str(saved.get("edited", ""))
         self._doubt = not saved
         for name in self._anchors:
-            self._parameters[name].copy_(saved["own"][name])
-        self._remember()
+            self._parameters[name].data.copy_(saved["own"][name])
+        self.stepped()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -7,6 +7,7 @@ bytes, `save()`, `restore(saved)` and `finish()`.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -113,6 +114,40 @@ def compressed(make: Callable[..., Any]) -> dict[str, Any]:
         equal.append(not spread(host, own(host.model)))
     host.finish()
     return {"equal": equal, "finished": not spread(host, own(host.model)), "losses": losses, "sent": host.sent()}
+
+
+def moments(make: Callable[..., Any]) -> dict[str, Any]:
+    """Averaged at an exchange where the configuration says so."""
+    found = {}
+    for word in ("local", "mean"):
+        host = make({"scheme": "ef_signsgd", "block": 32, "min_numel": 0, "every": 2, "outer": {"moments": word}})
+        for step in range(4):
+            host.train(lambda micro, step=step, host=host: loss_of(host.model, step, host.rank, micro))
+        states = host.optimizer_state()
+        kept = torch.cat(
+            [states[p][key].reshape(-1) for p in host.model.parameters() for key in ("exp_avg", "exp_avg_sq")]
+        )
+        found[word] = not spread(host, kept)
+    return found
+
+
+def partly(make: Callable[..., Any], pickles: bool = True) -> dict[str, Any]:
+    """A part of the model that is evaluated or saved by itself shows what all ranks agreed on; a model can be saved
+    whole where the host allows it.
+    """
+    host = make({"scheme": "ef_signsgd", "block": 32, "min_numel": 0, "every": 4})
+    for step in range(6):
+        host.train(lambda micro, step=step: loss_of(host.model, step, host.rank, micro))
+    part = getattr(host.model, "module", host.model)[1]
+    part.eval()
+    with torch.no_grad():
+        evaluated = part(torch.ones(1, 24))
+    part.train()
+    host.train(lambda micro: loss_of(host.model, 6, host.rank, micro))
+    saved = own_of(part.state_dict())
+    if pickles:
+        torch.save(getattr(host.model, "module", host.model), io.BytesIO())
+    return {"evaluated": not spread(host, evaluated), "saved": not spread(host, saved)}
 
 
 def resumed(make: Callable[..., Any]) -> dict[str, Any]:

@@ -74,6 +74,14 @@ def test_replicas_are_equal_after_each_exchange_and_after_the_last_partial_round
         assert found["sent"] < exchanges * (4 * parameters / 8)
 
 
+def test_moments_are_averaged_where_the_configuration_says_so(reports: Reports) -> None:
+    assert all(report["moments"] == {"local": False, "mean": True} for report in reports)
+
+
+def test_a_part_of_the_model_is_read_as_the_whole_is(reports: Reports) -> None:
+    assert all(report["partly"] == {"evaluated": True, "saved": True} for report in reports)
+
+
 def test_saved_in_the_middle_of_a_round_training_goes_on_bit_for_bit(reports: Reports) -> None:
     assert all(report["resumed"]["same"] for report in reports)
 

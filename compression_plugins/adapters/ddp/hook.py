@@ -30,7 +30,7 @@ from ...engine.session import Session
 from ...engine.state import reshard
 from ...errors import CompressionError, UnsupportedError
 from ...transports.torch_distributed import TorchDistributed
-from ..shared.forward import after_this_backward
+from ..shared.forward import after_this_backward, watch_parts
 from ..shared.store_handshake import handshake
 from .model import hook_of, image, refuse, sparse
 
@@ -144,8 +144,7 @@ class Compression:
         self.session.preload(self._rank, self._size)
         ddp.register_comm_hook(self, reduce_bucket)
         if self.session.hooks:
-            ddp.module.register_state_dict_pre_hook(_before_state_dict)
-            ddp.module.register_forward_pre_hook(_before_evaluation)
+            watch_parts(self.session, ddp.module)
 
     def _open(self) -> Fillings:
         session = self.session
@@ -282,13 +281,16 @@ class Compression:
 
     def about_to_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer, perhaps of other parameters, is about to step. At every step, for schedules change momentum."""
-        if self.session.config.direction.formed and self._holds(optimizer):
+        if self._holds(optimizer):
             self.session.check_optimizer(optimizer)
         self.session.after_backward()  # of a forward pass that no backward pass followed
 
     def stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer, perhaps of other parameters, has stepped."""
-        if not self._reductions or not self._holds(optimizer):
+        if not self._holds(optimizer):
+            return
+        if not self._reductions:
+            self.session.other_stepped()
             return
         found = getattr(optimizer, "found_inf", None)  # fused optimizers skip the step themselves, for GradScaler
         self.session.end_step(skipped=found is not None and bool(found), optimizer=optimizer)
@@ -353,20 +355,6 @@ def _before_forward(module: Any, _: Any) -> None:
             return
         compression.register(module)
     compression.before_forward(module.training)
-
-
-def _before_state_dict(module: Any, *_: Any) -> None:
-    for compression in list(_compressed.values()):
-        ddp = compression._ddp()
-        if ddp is not None and ddp.module is module:
-            compression.session.before_read()
-
-
-@torch.compiler.disable
-def _before_evaluation(module: Any, _: Any) -> None:
-    """Of the module inside, which scripts evaluate without DDP around it."""
-    if not torch.is_grad_enabled() and not module.training:
-        _before_state_dict(module)
 
 
 def _watch_optimizers() -> None:

@@ -121,8 +121,7 @@ def _merge(session: DeepSpeedSession, files: dict[tuple[int, int], Path], folder
         )
     documents = [_read(files[rank, sizes[0]]) for rank in range(sizes[0])]
     _say(session, f"the residuals of {sizes[0]} ranks are averaged onto {session.size}")
-    state = reshard([document["state"] for document in documents])
-    return {**documents[0], "state": {**state, "hooks": [{} for _ in session.common.hooks]}}
+    return {**documents[0], "state": reshard([document["state"] for document in documents])}
 
 
 def _say(session: DeepSpeedSession, message: str) -> None:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UnsupportedError
+from ..shared.forward import Notice, watch_parts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,25 +130,10 @@ def follow_weights(session: DeepSpeedSession) -> None:
     if not session.common.hooks:
         return
     engine, module = session.engine, session.engine.module
-    module.register_forward_pre_hook(_Notice(lambda: session.about_to_compute(module)))
-    for part in module.modules():
-        part.register_state_dict_pre_hook(_Notice(session.about_to_be_read))
+    module.register_forward_pre_hook(Notice(lambda: session.about_to_compute(module)))
+    watch_parts(session.common, module, evaluations=session.weights is None)  # elsewhere all ranks come together
     if hasattr(engine, "save_16bit_model"):
         before(engine, "save_16bit_model", session.about_to_be_read)
-
-
-class _Notice:
-    """A hook of a module. Copies of the module, and what is pickled of it, have one that does nothing."""
-
-    def __init__(self, then: Callable[[], None] | None = None) -> None:
-        self._then = then
-
-    def __call__(self, *_: Any, **__: Any) -> None:
-        if self._then is not None:
-            self._then()
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return _Notice, ()
 
 
 # ---------------------------------------------------------------- stage 0 and BF16_Optimizer

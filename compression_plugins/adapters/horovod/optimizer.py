@@ -270,6 +270,8 @@ def _step(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def step(self: Any, closure: Any = None) -> Any:
         session: HorovodSession | None = self._compression_session
+        if session is not None:
+            session.after_backward()
         loss = original(self, closure)
         if session is not None:
             session.stepped(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ def watch(session: Session, parameters: Iterable[Tensor]) -> None:
             return
         if module not in seen:
             seen.add(module)
-            module.register_state_dict_pre_hook(_becomes_exact(mine))
+            module.register_state_dict_pre_hook(Notice(lambda: _read(mine)))
         begin_forward(owner, module)
 
     handle = register_module_forward_pre_hook(begins)
@@ -52,10 +52,36 @@ def after_this_backward(session: Session) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(session.after_backward)
 
 
-def _becomes_exact(session: weakref.ref[Session]) -> Any:
-    def before_state_dict(*_: Any) -> None:
-        owner = session()
-        if owner is not None:
-            owner.before_read()
+def watch_parts(session: Session, module: nn.Module, evaluations: bool = True) -> None:
+    """Tell `session` when `module` or a part of it is read by `state_dict()`, or by `evaluations` of its own."""
+    mine = weakref.ref(session)
+    for part in module.modules():
+        part.register_state_dict_pre_hook(Notice(lambda: _read(mine)))
+        if evaluations and (part is module or not hasattr(module, "_orig_mod")):  # compiled ones stay in one piece
+            part.register_forward_pre_hook(Notice(lambda: _read(mine), evaluations=True))
 
-    return before_state_dict
+
+class Notice:
+    """A hook of a module. Copies of the module, and what is pickled of it, have one that does nothing.
+
+    Args:
+        evaluations: only where there are no gradients and the module is not in training mode.
+    """
+
+    def __init__(self, then: Callable[[], None] | None = None, evaluations: bool = False) -> None:
+        self._then, self._evaluations = then, evaluations
+
+    def __call__(self, module: Any = None, *_: Any, **__: Any) -> None:
+        if self._then is None or (self._evaluations and (torch.is_grad_enabled() or module.training)):
+            return
+        self._then()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Notice, ()
+
+
+@torch.compiler.disable
+def _read(session: weakref.ref[Session]) -> None:
+    owner = session()
+    if owner is not None:
+        owner.before_read()

@@ -107,6 +107,7 @@ class Results:
         names = list(dict.fromkeys(part.setting for part in self.plan))
         sizes = ", ".join(f"{name} {_weights(name):,} and {SETTINGS[name].batch}" for name in names)
         rates = "; ".join(f"{name} {', '.join(f'{lr:g}' for lr in SETTINGS[name].rates)}" for name in names)
+        cold = [name for name, method in METHODS.items() if not method.warmup]
         return [
             f"Weights, and samples of a worker in a step: {sizes}. The learning rate rises over {RISE:.0%} of the "
             "steps and falls in a line to 0.",
@@ -116,8 +117,8 @@ class Results:
             "Mean ± standard deviation over seeds. Worse by: than dense with the same seed, that is the same first "
             f"weights and batches. Training loss: mean of the last {END:.0%} of the steps.",
             "Less traffic: bytes of a dense ring all-reduce in fp32 in every step, over bytes that the transport "
-            f"counted, in the whole run with its dense warm-up ({METHODS[DENSE].warmup:.0%} of the steps where the "
-            "name does not say cold), and after it.",
+            "counted, in the whole run with its dense warm-up, and after it. No warm-up: " + ", ".join(cold) + "; "
+            f"{METHODS[DENSE].warmup:.0%} of the steps otherwise, frozen variances 15 %.",
             f"After transfer: held-out source code, after {TRANSFER_STEPS} dense steps on source code from the "
             f"trained weights, at {TRANSFER_RATE:g} times the lowest rate.",
             "What the picture leaves out is far below dense; the tables have it. A dash: a run diverged.",

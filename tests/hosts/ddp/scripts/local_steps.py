@@ -45,6 +45,9 @@ class Host:
     def norm(self, own):
         return own
 
+    def optimizer_state(self):
+        return self.optimizer.state
+
     def sent(self):
         return find(self.model).session.reducer.transport.sent
 
@@ -110,6 +113,8 @@ report = {
     "module inside": inside(),
     "bucket view": laws.exact(lambda *a: Host(*a, gradient_as_bucket_view=True)),
     "compressed": laws.compressed(Host),
+    "moments": laws.moments(Host),
+    "partly": laws.partly(Host),
     "resumed": laws.resumed(Host),
     "scaler": scaler(),
     "joined": joined(),

@@ -52,6 +52,9 @@ class Host:
     def norm(self, own):
         return self.mean(own.view(1))[0]  # DeepSpeed's clipping takes the mean of the ranks' norms
 
+    def optimizer_state(self):
+        return self.model.optimizer.state
+
     def sent(self):
         return self.model.communication_compression.reducer.transport.sent
 
@@ -85,6 +88,8 @@ report = {
     "accumulated": laws.exact(Host, accumulate=3),
     "clipped": laws.exact(lambda *a: Host(*a, gradient_clipping=0.05), clip=0.05),
     "compressed": laws.compressed(Host),
+    "moments": laws.moments(Host),
+    "partly": laws.partly(Host, pickles=False),
     "resumed": laws.resumed(Host),
     "stage 1": refused(zero_optimization={"stage": 1}),
     "bf16": refused(bf16={"enabled": True}),

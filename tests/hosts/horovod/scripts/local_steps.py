@@ -48,6 +48,9 @@ class Host:
     def norm(self, own):
         return own
 
+    def optimizer_state(self):
+        return self.optimizer.state
+
     def sent(self):
         return self.optimizer._compression_session.reducer.transport.sent
 
@@ -96,6 +99,8 @@ report = {
     "accumulated": laws.exact(Host, accumulate=3),
     "clipped": laws.exact(Host, clip=0.05),
     "compressed": laws.compressed(Host),
+    "moments": laws.moments(Host),
+    "partly": laws.partly(Host),
     "resumed": laws.resumed(Host),
     "scaler": scaler(),
 }
