@@ -12,13 +12,13 @@ import pytest
 
 from compression_plugins import cli
 from compression_plugins.cli import main
-from compression_plugins.config import Config
+from compression_plugins.config import Config, presets
 from compression_plugins.schemes import registry
 
 
 def test_schemes_lists_every_registered_scheme(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schemes"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == registry.names()
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [*registry.names(), *presets()]
     assert main(["schemes", "--markdown"]) == 0
     table = capsys.readouterr().out
     assert all(f"| `{name}` |" in table for name in registry.names())
