@@ -19,6 +19,8 @@ import torch
 
 from compression_plugins.errors import CompressionError, nearest
 
+from .experiments.study import RECORDS
+
 #: Name -> module with DESCRIPTION and run(out, quick) -> headline; one whose parts may be run alone has KEYS, and takes
 #: {key: values} as `only`.
 EXPERIMENTS = {
@@ -42,7 +44,7 @@ PAGES = Path(__file__).parents[1] / "docs"
 
 def publish(name: str, out: Path, pages: Path = PAGES) -> Path:
     """Put the table between the marks of this experiment, in the page under `pages` that has them, and the picture
-    beside that page.
+    beside that page; of an experiment with parts the records too, which `resume` reads.
     """
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     for path in sorted(pages.glob("**/*.md")):
@@ -52,15 +54,28 @@ def publish(name: str, out: Path, pages: Path = PAGES) -> Path:
             table = (out / f"{name}.md").read_text(encoding="utf-8")
             path.write_text(f"{before}{begin}\n{table}{end}{after}", encoding="utf-8")
             shutil.copy(out / f"{name}.png", path.parent / f"{name}.png")
+            if _has_parts(name):
+                shutil.copy(out / RECORDS, path.parent / f"{name}.jsonl")
             return path
     raise CompressionError(f"no page in {pages} has the marks {begin} and {end}, once each and in this order")
+
+
+def resume(name: str, out: Path, pages: Path = PAGES) -> None:
+    """Let an experiment with parts that has recorded nothing in `out` go on from the runs that were published."""
+    for path in pages.glob(f"**/{name}.jsonl"):
+        if _has_parts(name) and not (out / RECORDS).exists():
+            shutil.copy(path, out / RECORDS)
+
+
+def _has_parts(name: str) -> bool:
+    return name in EXPERIMENTS and hasattr(importlib.import_module(EXPERIMENTS[name]), "KEYS")
 
 
 def _parts(parser: argparse.ArgumentParser, name: str, words: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     """What `--only` adds to the arguments of an experiment."""
     if not words:
         return {}
-    if not hasattr(importlib.import_module(EXPERIMENTS[name]), "KEYS"):
+    if not _has_parts(name):
         parser.error(f"{name} has no parts that --only could choose")
     only: dict[str, list[str]] = {}
     for word in words:
@@ -94,6 +109,8 @@ def main() -> None:
     torch.set_num_threads(1)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if not args.quick:
+            resume(args.name, out)
         headline = importlib.import_module(EXPERIMENTS[args.name]).run(out, args.quick, **only)
         if args.publish:
             print(f"written into {publish(args.name, out)}")

@@ -11,6 +11,9 @@ from typing import Any
 
 from launch.document import Machine, Table, page
 
+#: What runs have measured, a line for each.
+RECORDS = "runs.jsonl"
+
 
 class Study:
     """One experiment while it runs.
@@ -29,7 +32,7 @@ class Study:
         self.machine = str(Machine.here())
 
     def __enter__(self) -> Study:
-        path = self.out / "runs.jsonl"
+        path = self.out / RECORDS
         cut = self._mode == "a" and path.exists() and not path.read_bytes().endswith(b"\n")
         self._records = path.open(self._mode, encoding="utf-8")
         if cut:  # what follows a line that was cut off begins a new one
@@ -68,7 +71,7 @@ class Study:
 
 def earlier(out: Path) -> list[dict[str, Any]]:
     """What earlier runs of an experiment have recorded in `out`, without a line that was cut off."""
-    path = out / "runs.jsonl"
+    path = out / RECORDS
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from compression_plugins.errors import CompressionError
-from launch.reproduce import EXPERIMENTS, publish
+from launch.reproduce import EXPERIMENTS, publish, resume
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,6 +70,20 @@ def test_publishing_replaces_what_stands_between_the_marks_and_nothing_else(tmp_
         assert page.read_text() == f"{before}<!-- some:begin -->\n{text}<!-- some:end -->{after}"
     assert (tmp_path / "some.png").read_bytes() == b"a picture"
     assert (tmp_path / "another.md").read_text() == "no marks"
+
+
+def test_an_experiment_with_parts_goes_on_from_what_was_published_and_never_over_records_of_its_own(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "parity.md").write_text("<!-- parity:begin -->\n<!-- parity:end -->")
+    out, fresh = result(tmp_path / "out", "parity", "| table |\n"), result(tmp_path / "fresh", "parity", "")
+    (out / "runs.jsonl").write_text('{"a": 1}\n')
+    publish("parity", out, tmp_path)
+    resume("parity", fresh, tmp_path)
+    assert (fresh / "runs.jsonl").read_text() == '{"a": 1}\n'
+    (fresh / "runs.jsonl").write_text('{"a": 2}\n')
+    resume("parity", fresh, tmp_path)
+    assert (fresh / "runs.jsonl").read_text() == '{"a": 2}\n'
 
 
 BEGIN, END = "<!-- some:begin -->", "<!-- some:end -->"
