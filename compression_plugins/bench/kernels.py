@@ -79,6 +79,9 @@ def cases(numel: int, device: torch.device) -> Iterator[Case]:
         yield Case("one_hot_signs", f"{RANKS} ranks{label}", moved + signs.nbytes, (x, 1, RANKS, key), kwargs)
         unpack = None if kwargs else _unpack_signs(signs)
         yield Case("signs_expand", f"bare{label}", moved + signs.nbytes, (signs, numel, 1e-3), kwargs, unpack)
+        sizes = [numel - numel // 2, numel // 2]
+        each = signs, x.new_full((2,), 1e-3), sizes
+        yield Case("signs_expand_each", f"2 parts{label}", moved + signs.nbytes, each, kwargs)
     yield from _decoders(x, state, key)
 
 

@@ -184,8 +184,6 @@ def _means(p: Tensor, call: Call) -> Tensor:
 
 def _apply(bits: Tensor, healthy: Tensor, residual: Tensor, etas: list[Tensor], call: Call, out: Tensor) -> Tensor:
     """+-eta for every bit, and the compensation: the memory, which holds p, loses the aggregated update."""
-    result = K.signs_expand(bits, residual.numel(), 1.0, out=out)
-    pieces = list(result.split([segment.numel for segment in call.segments]))
-    torch._foreach_mul_(pieces, [eta[0] * healthy for eta in etas])  # nothing at all where some rank is unhealthy
-    residual.sub_(result)
+    steps = torch.stack([eta[0] for eta in etas]) * healthy  # nothing at all where some rank is unhealthy
+    result = K.signs_expand_each(bits, steps, [segment.numel for segment in call.segments], residual, out)
     return nan_unless(healthy, result)

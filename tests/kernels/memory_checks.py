@@ -26,6 +26,7 @@ CALLS: dict[str, tuple[str, str, tuple]] = {
     "bits": ("fold", "sign_bits", ()),
     "one hot": ("fold", "one_hot_signs", (1, 3, KEY)),
     "expand": ("fold", "signs_expand", (0.1,)),
+    "expand each": ("fold", "signs_expand_each", ()),
 }
 
 
@@ -40,6 +41,9 @@ def run(implementation: str, call: str, x: torch.Tensor, factors: tuple, **memor
         given += (indices.to(device),)
     if function == "signs_expand":
         given = random_bits(numel, 3).to(device), numel
+    if function == "signs_expand_each":
+        sizes = [numel // 3, numel - numel // 3]
+        given = random_bits(numel, 3).to(device), torch.tensor([0.1, 2.0], device=device), sizes
     named: dict = dict(memory)
     if family != "fold":
         named |= dict(zip(("alpha", "decay", "sent"), factors, strict=True))

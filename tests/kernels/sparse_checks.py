@@ -98,6 +98,9 @@ def check_fold(implementation: str, numel: int, dtype=torch.float32, stride=1, w
     both("fold", "sign_bits", implementation, (x,), residual=residual)
     both("fold", "one_hot_signs", implementation, (x,), 1, 3, KEY, residual=residual)
     both("fold", "signs_expand", implementation, (random_bits(numel, 3),), numel, 0.1, residual=residual)
+    sizes = [numel // 3, 0, min(numel, 1), numel - numel // 3 - min(numel, 1)] if numel > 1 else [numel]
+    etas = vector(len(sizes), seed=2).abs()
+    both("fold", "signs_expand_each", implementation, (random_bits(numel, 3), etas), sizes, residual=residual)
 
 
 def check_merge(implementation: str, numel: int, a: int, b: int) -> None:

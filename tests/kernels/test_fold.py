@@ -215,6 +215,25 @@ def test_expand_is_plus_or_minus_eta_and_the_residual_loses_it():
     assert torch.equal(K.signs_expand(bits, 1001, 0.3), result)
 
 
+@pytest.mark.parametrize("implementation", EVERY)
+def test_parts_with_steps_of_their_own_are_what_each_gives_alone(implementation):
+    """Parts that begin and end within a word, at a word's edge, in one word, and beyond a tile."""
+    sizes = [5, 3, 24, 32, 0, 2000, 1, 64, 870]
+    numel, device = sum(sizes), checks.device_of(implementation)
+    bits, p, etas = checks.random_bits(numel, 2), checks.vector(numel), torch.rand(len(sizes)) + 0.1
+    residual = p.to(device, copy=True)
+    module = checks.fast(implementation, "fold")
+    result = module.signs_expand_each(bits.to(device), etas.to(device), sizes, residual)
+    wanted = (2.0 * unpacked(bits)[:numel] - 1) * torch.cat([eta.expand(size) for eta, size in zip(etas, sizes)])
+    assert torch.equal(result.cpu(), wanted) and torch.equal(residual.cpu(), p - wanted)
+
+
+@pytest.mark.parametrize("etas", [torch.ones(2), torch.ones(1, dtype=torch.float64), torch.ones(1, 1)])
+def test_expand_refuses_steps_that_do_not_fit_the_parts(etas):
+    with pytest.raises(CompressionError, match="etas must be a contiguous 1-D fp32 tensor of 1 elements"):
+        K.signs_expand_each(torch.zeros(4, dtype=torch.uint8), etas, [32])
+
+
 def test_global_memory_conserves_the_mean():
     """Marsit, exact identity: mean of residuals + applied updates = mean of all gradients, whatever the draws."""
     size, numel = 3, 600

@@ -65,6 +65,7 @@ def test_a_huge_chunk_is_refused(implementation, chunk):
         lambda n: K.cast_reduce(SOME, n, "bf16", 64),
         lambda n: K.unpack_bits(NONE, n, 5),
         lambda n: K.signs_expand(NONE, n, 1.0),
+        lambda n: K.signs_expand_each(NONE, torch.ones(1), [n]),
         lambda n: K.uniform16(KEY, n),
     ],
 )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numba import float32, uint32, uintp
 
 from ..layout import draws_of
 from . import _philox, _tile
-from ._arrays import floats, unsigned32
+from ._arrays import floats, signed64, unsigned32
 from ._bits import sign_mask, spread_mask
 from ._jit import jit
 from ._philox import key_of
@@ -30,7 +31,13 @@ def sign_bits(x, memory, bits):
 
 
 def signs_expand(bits, numel, eta, memory, result):
-    _expand(bits.data_ptr(), numel, result.data_ptr(), float(eta), *_tile.factors(memory)[:2])
+    signs_expand_each(bits, torch.tensor([eta], dtype=torch.float32), [numel], memory, result)
+
+
+def signs_expand_each(bits, etas, sizes, memory, result):
+    lengths = torch.tensor(sizes, dtype=torch.int64)
+    places = lengths.data_ptr(), etas.data_ptr(), len(sizes)
+    _expand(bits.data_ptr(), *places, result.numel(), result.data_ptr(), *_tile.factors(memory)[:2])
 
 
 def _signs(x, memory, bits, draws, key):
@@ -102,20 +109,32 @@ def _merge(left_at, right_at, merged_at, size, below, seed, tensor, first, step,
 
 
 @jit()
-def _expand(bits, numel, result_at, eta64, r_at, updated_at):
-    words, result, eta = unsigned32(bits, (numel + 31) // 32), floats(result_at, numel), float32(eta64)
+def _expand(bits, sizes_at, etas_at, parts, numel, result_at, r_at, updated_at):
+    words, result = unsigned32(bits, (numel + 31) // 32), floats(result_at, numel)
+    sizes, etas = signed64(sizes_at, parts), floats(etas_at, parts)
     r, updated = floats(r_at, numel), floats(updated_at, numel)
-    tail = np.empty(32, np.float32)
-    for start in range(0, numel, TILE):
-        count = min(TILE, numel - start)
-        for w in range(start // 32, (start + count) // 32):
+    edge = np.empty(32, np.float32)
+    start = 0
+    for part in range(parts):
+        end = start + sizes[part]
+        while start < end:
+            stop = min(end, start - start % TILE + TILE)
+            _spread(words, etas[part], start, stop, result, edge)
+            if r_at != updated_at:
+                copy(r, updated, start, stop - start)
+            if r_at:
+                for i in range(uintp(start), uintp(stop)):
+                    updated[i] = updated[i] - result[i]
+            start = stop
+
+
+@jit()
+def _spread(words, eta, start, stop, result, edge):
+    """Elements ``start`` to ``stop``, the words that begin or end outside of them by way of ``edge``."""
+    for w in range(start // 32, (stop + 31) // 32):
+        if start <= 32 * w and 32 * w + 32 <= stop:
             spread_mask(words[w], eta, -eta, result, 32 * w)
-        if count % 32:
-            whole = start + count - count % 32
-            spread_mask(words[whole // 32], eta, -eta, tail, 0)
-            result[whole : start + count] = tail[: count % 32]
-        if r_at != updated_at:
-            copy(r, updated, start, count)
-        if r_at:
-            for i in range(uintp(start), uintp(start + count)):
-                updated[i] = updated[i] - result[i]
+        else:
+            spread_mask(words[w], eta, -eta, edge, 0)
+            for i in range(max(start, 32 * w), min(stop, 32 * w + 32)):
+                result[i] = edge[i - 32 * w]

@@ -94,6 +94,14 @@ def signs_expand(bits, numel, eta, memory, result):
     _launch(_expand, bits, numel, *arguments, MEMORY=mode_of(memory))
 
 
+def signs_expand_each(bits, etas, sizes, memory, result):
+    """PyTorch multiplies the parts in one launch; a kernel would have to search each element's part."""
+    signs_expand(bits, result.numel(), 1.0, None, result)
+    torch._foreach_mul_(list(result.split(list(sizes))), list(etas))
+    if memory is not None:
+        torch.sub(memory.residual, result, out=memory.updated)
+
+
 def _signs(x, memory, bits, draws, key):
     numel = x.numel()
     r, updated = factors(x, memory)[:2]

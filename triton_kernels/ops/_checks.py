@@ -93,6 +93,11 @@ def buffer(buffer: Tensor, like: Tensor, numel: int, name: str) -> None:
         raise CompressionError(f"{name} is on {buffer.device}, the input on {like.device}")
 
 
+def parts(etas: Tensor, count: int, like: Tensor) -> None:
+    """``etas``: one number for each of ``count`` parts, on the device of ``like``."""
+    buffer(etas, like, count, "etas")
+
+
 def memory(
     like: Tensor,
     numel: int,

@@ -14,6 +14,8 @@ with ultimate compression" (Marsit), DAC 2022, arXiv 2204.06787.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from .. import dispatch, layout
@@ -134,4 +136,39 @@ def signs_expand(
     memory = check.memory(bits, numel, residual, updated)
     result = check.result_out(out, numel, bits)
     _bodies(bits).signs_expand(bits, numel, eta, memory, result)
+    return result
+
+
+def signs_expand_each(
+    bits: Tensor,
+    etas: Tensor,
+    sizes: Sequence[int],
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    *,
+    updated: Tensor | None = None,
+) -> Tensor:
+    """`signs_expand` of a vector whose parts, one after another, have step sizes of their own.
+
+    Args:
+        bits: uint8 [4 * ceil(n / 32)], n the sum of ``sizes``.
+        etas: fp32 [parts], contiguous, the step size of each.
+        sizes: elements of each part.
+        residual, out, updated: as for `signs_expand`.
+
+    Returns:
+        ``out``, or a new fp32 [n].
+
+    Raises:
+        CompressionError: the bits have another length, ``etas`` another shape, dtype or device, or another argument is
+            not one of these.
+    """
+    for size in sizes:
+        check.numel_of(size)
+    numel = sum(sizes)
+    check.payload(bits, 4 * layout.words(numel, 1))
+    check.parts(etas, len(sizes), bits)
+    memory = check.memory(bits, numel, residual, updated)
+    result = check.result_out(out, numel, bits)
+    _bodies(bits).signs_expand_each(bits, etas, sizes, memory, result)
     return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,13 @@ def sign_bits(x: Tensor, memory: Memory | None, bits: Tensor) -> None:
 def signs_expand(bits: Tensor, numel: int, eta: float, memory: Memory | None, result: Tensor) -> None:
     signs = 2 * from_words(bits.view(torch.int32), numel, 1) - 1
     torch.mul(signs.to(torch.float32), eta, out=result)
+    if memory is not None:
+        torch.sub(memory.residual, result, out=memory.updated)
+
+
+def signs_expand_each(bits: Tensor, etas: Tensor, sizes: Sequence[int], memory: Memory | None, result: Tensor) -> None:
+    signs_expand(bits, len(result), 1.0, None, result)
+    result.mul_(etas.repeat_interleave(torch.tensor(sizes, device=etas.device), output_size=len(result)))
     if memory is not None:
         torch.sub(memory.residual, result, out=memory.updated)
 
