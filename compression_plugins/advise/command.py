@@ -62,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     chosen.add_argument("--config", action="append", default=[], metavar="FILE", help="one more candidate; repeatable")
     chosen.add_argument("--margin", type=float, default=5.0, metavar="%", help="by which a compressor must win (5)")
-    parser.add_argument("--framework", choices=("horovod", "deepspeed"), help="of the job (default: its launcher's)")
+    parser.add_argument(
+        "--framework", choices=("horovod", "ddp", "deepspeed"), help="of the job (default: its launcher's)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write one JSON line a scheme")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
 
@@ -99,7 +101,7 @@ def _advise(
     transport: Any = None,
 ) -> int:
     from ..engine.plan import make_plan
-    from . import report
+    from . import measure, report
     from .accuracy import update_error
     from .choose import BASELINES, Row, choose
     from .work import Codecs
@@ -109,9 +111,7 @@ def _advise(
     plans = [make_plan(config, compute.specs) for config in candidates.values()]
     largest = max((bucket.numel for plan in plans for bucket in plan.buckets), default=1)
     codecs = Codecs(device, largest, scale)
-    host: Host = options.framework or (
-        "deepspeed" if transport is not None and hasattr(transport, "group") else "horovod"
-    )
+    host: Host = options.framework or (measure.in_job() if transport is not None else None) or "horovod"
 
     def at(row: Row, on: Given | Measured) -> Any:
         return _step(row.config, row.label, compute, on, codecs, host, machine)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..transports.base import Handle, Transport
+    from .simulate import Host
 
 SIZES = tuple(4 << 10 << 2 * i for i in range(7))  # bytes sent: 4 KiB to 16 MiB
 #: Seconds for each kind of collective, where the network is slow.
@@ -27,10 +28,12 @@ _TOGETHER = 8
 _REPEATS = 7
 
 
-def in_job() -> str | None:
-    """The host framework whose launcher started this process: "horovod", "deepspeed" (or torchrun), or None."""
+def in_job() -> Host | None:
+    """The host framework whose launcher started this process, torchrun's being DDP; None outside of jobs."""
     if "HOROVOD_RANK" in os.environ:
         return "horovod"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "ddp"
     return "deepspeed" if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() else None
 
 

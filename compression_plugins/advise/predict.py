@@ -3,6 +3,8 @@
 Horovod: a hook a gradient, in the order in which backward completes them. The last gradient of a bucket encodes it and
 starts its first operation; every later hook continues what the wire has finished; `synchronize()` drains the rest level
 by level. Without compression tensors are all-reduced as they come; what waits while the wire is busy is fused.
+DDP: gradients are copied into buckets of 25 MiB, the first of 1 MiB, as backward completes them; a full one is
+all-reduced, or handed to the hook, which fills the scheme's buckets from it and starts what is complete.
 DeepSpeed (stage 0): all of backward, then one buffer, reduced scheme by scheme; nothing overlaps.
 Where ranks train by themselves (`every`): steps without communication, then one exchange of all buckets that nothing
 hides; figures are means over the steps of a round.
@@ -25,6 +27,8 @@ from .work import Work, sent_bytes
 
 #: Copies of the gradient that DeepSpeed makes: into its buffer, the mean, back; and four more around a reducer.
 _BUFFER_PASSES, _REDUCER_PASSES = 3, 4
+#: Of DDP's first bucket, and of the others.
+_DDP_FIRST_BYTES, _DDP_BYTES = 1 << 20, 25 << 20
 #: Copies of the weights that an exchange of local updates makes: the drift, into buckets and back, the outer step.
 _EXCHANGE_PASSES = 5
 
@@ -75,7 +79,7 @@ def step(
     if config is None or (config.scheme.host_dense and not config.rules and not config.direction.formed):
         return _dense(compute, network, host, machine)
     plan = make_plan(config, compute.specs)
-    buckets = list(plan.buckets) if host == "horovod" else _parts(plan.buckets)
+    buckets = _parts(plan.buckets) if host == "deepspeed" else list(plan.buckets)
     kinds = [works_of(bucket) for bucket in buckets]
     extra = 0.0
     if model_side is not None:
@@ -89,7 +93,7 @@ def step(
         if config.every > 1:
             values = _round(run, compute, works, network.size, config.every)
         else:
-            (_horovod if host == "horovod" else _deepspeed)(run, compute, buckets, works)
+            _HOSTS[host](run, compute, buckets, works)
             run.code(extra)
             values = (run.now, run.codec_s, run.wire.busy_s, sum(work.sent(network.size) for work in works))
         means = [mean + share * value for mean, value in zip(means, values)]
@@ -108,6 +112,14 @@ def _dense(compute: Compute, network: Network, host: Host, machine: Machine) -> 
         run.finish_backward(compute.backward_s)
         for transfer in transfers:
             run.wait(transfer)
+    elif host == "ddp":
+        transfers = []
+        for full in _ddp_buckets(run, compute):
+            transfers.append(run.post("all_reduce", sum(sizes[i] for i in full)))
+        run.finish_backward(compute.backward_s)
+        for transfer in transfers:
+            run.wait(transfer)
+        run.code(2 * sum(sizes) / machine.copy_rate)
     else:
         run.compute(compute.forward_s + compute.backward_s)
         run.code(_BUFFER_PASSES * 2 * sum(sizes) / machine.copy_rate)
@@ -116,6 +128,40 @@ def _dense(compute: Compute, network: Network, host: Host, machine: Machine) -> 
     sent = sent_bytes("all_reduce", sum(sizes), network.size)
     exposed = run.now - compute.step_s
     return Step(run.now, run.now, compute.step_s, run.codec_s, run.wire.busy_s, exposed, sent)
+
+
+def _ddp_buckets(run: Run, compute: Compute) -> Iterator[list[int]]:
+    """Runs forward, then yields the tensors of each of DDP's buckets when backward and the copy into it are done."""
+    bucket: list[int] = []
+    held, limit, left = 0, _DDP_FIRST_BYTES, len(compute.specs)
+    for i in _backward(run, compute):
+        spec = compute.specs[i]
+        nbytes = spec.numel * _itemsize(spec.dtype)
+        run.code(2 * nbytes / run.machine.copy_rate)
+        bucket.append(i)
+        held, left = held + nbytes, left - 1
+        if held >= limit or not left:
+            yield bucket
+            bucket, held, limit = [], 0, _DDP_BYTES
+
+
+def _ddp(run: Run, compute: Compute, buckets: Sequence[Bucket], works: Sequence[Work]) -> None:
+    place = {segment.name: i for i, bucket in enumerate(buckets) for segment in bucket.segments}
+    missing = [len(bucket.segments) for bucket in buckets]
+    jobs: list[Job] = []
+    for full in _ddp_buckets(run, compute):
+        for i in full:
+            at = place[compute.specs[i].name]
+            run.code(2 * 4 * compute.specs[i].numel / run.machine.copy_rate)
+            missing[at] -= 1
+            if not missing[at]:
+                jobs.append(Job(run, works[at]))
+        for job in jobs:
+            job.poll()
+    run.finish_backward(compute.backward_s)
+    _drain(jobs)
+    run.code(2 * 2 * 4 * compute.numel / run.machine.copy_rate)  # into DDP's buckets, and from there
+    run.compute(compute.update_s)
 
 
 def _horovod(run: Run, compute: Compute, buckets: Sequence[Bucket], works: Sequence[Work]) -> None:
@@ -142,6 +188,13 @@ def _deepspeed(run: Run, compute: Compute, buckets: Sequence[Bucket], works: Seq
     run.code((_BUFFER_PASSES + _REDUCER_PASSES) * 2 * 4 * compute.numel / run.machine.copy_rate)
     _drain([Job(run, work) for work in works])
     run.compute(compute.update_s)
+
+
+_HOSTS: dict[Host, Callable[[Run, Compute, Sequence[Bucket], Sequence[Work]], None]] = {
+    "horovod": _horovod,
+    "ddp": _ddp,
+    "deepspeed": _deepspeed,
+}
 
 
 def _round(

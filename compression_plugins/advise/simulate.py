@@ -8,7 +8,7 @@ from typing import Literal
 from .network import Network
 from .work import Operation, Work, sent_bytes
 
-Host = Literal["horovod", "deepspeed"]
+Host = Literal["horovod", "ddp", "deepspeed"]
 FUSION_BYTES = 128 << 20  # Horovod's HOROVOD_FUSION_THRESHOLD
 _FUSABLE = ("all_reduce", "all_gather")
 

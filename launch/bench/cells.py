@@ -135,7 +135,7 @@ def _prediction(e: Experiment, choices: Sequence[Choice], model: str, ranks: int
     return [
         Cell("prediction", host, "*", model, ranks, rate, 0, 0, 0, 0, e.compute_ms.get(model), candidates)
         for host in e.hosts
-        if host in ("horovod", "deepspeed")
+        if host != "ddp"  # the peers'; ours under DDP is the host torchrun
     ]
 
 

@@ -52,7 +52,7 @@ def start(lab: Lab, cell: Cell, choice: Choice, folder: Path, batch: int) -> Job
         return lab.deepspeed(command, free_port(), variables, log)
     if choice.config is not None:
         variables |= {ENVIRONMENT_VARIABLE: json.dumps(choice.config), "COMPRESSION_PLUGINS_HOST": "ddp"}
-    return _torchrun(lab, ["--module", *script[1:]], variables, log)
+    return torchrun(lab, ["--module", *script[1:]], variables, log)
 
 
 def _arguments(cell: Cell, choice: Choice, folder: Path, interface: str) -> list[str]:
@@ -76,7 +76,8 @@ def _deepspeed_config(choice: Choice, batch: int) -> dict[str, object]:
     return config
 
 
-def _torchrun(lab: Lab, command: Sequence[str], variables: Mapping[str, str], log: Path) -> Job:
+def torchrun(lab: Lab, command: Sequence[str], variables: Mapping[str, str], log: Path) -> Job:
+    """A job of torchrun, one rank on each host of `lab`."""
     launcher = [tool("torchrun"), "--nnodes", str(lab.hosts if isinstance(lab, NetLab) else 1)]
     if isinstance(lab, Loopback):
         local = ["--nproc_per_node", str(lab.hosts), "--master_addr", "127.0.0.1", "--master_port", str(free_port())]

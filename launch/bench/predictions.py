@@ -12,7 +12,7 @@ from launch.lab.jobs import Job, environment, free_port
 from launch.results import read_records
 
 from .cells import Cell
-from .hosts import Lab
+from .hosts import Lab, torchrun
 from .settings import REAL_MODELS, Choice
 
 
@@ -62,4 +62,6 @@ def start(lab: Lab, cell: Cell, command: list[str], log: Path) -> Job:
     """The job: every rank runs the command, as a rank of the host's launcher."""
     if cell.host == "horovod":
         return lab.horovod([sys.executable, "-m", "compression_plugins", *command], (), environment(), log)
+    if cell.host == "torchrun":
+        return torchrun(lab, ["--module", "compression_plugins", *command], environment(), log)
     return lab.deepspeed(["--module", "compression_plugins", *command], free_port(), environment(), log)

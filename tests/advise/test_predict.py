@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from compression_plugins.advise.compute import Compute, from_shapes
+from compression_plugins.advise.measure import in_job
 from compression_plugins.advise.network import Given, Line, Measured
 from compression_plugins.advise.predict import Step, step
 from compression_plugins.advise.shapes import load
@@ -65,6 +66,42 @@ def test_what_waits_for_the_wire_is_fused() -> None:
 def test_deepspeed_overlaps_nothing() -> None:
     early = step(None, job(0.1, 0.1), net(0.0, 1 * SECOND), fixed(), "deepspeed", NO_COPIES)
     assert early.step_s == pytest.approx(3 + 2 + 0.5)
+
+
+def test_ddp_sends_its_first_bucket_early_and_the_rest_when_it_is_full_or_backward_is_over() -> None:
+    # the first tensor fills a bucket of 1 MiB: from 1.5 to 2.5; the two others wait for each other: from 3 to 5
+    one = step(None, job(2.0, 1.0, 0.5), net(0.0, 1 * SECOND), fixed(), "ddp", NO_COPIES)
+    assert one.step_s == pytest.approx(5 + 0.5)
+    many = step(None, job(2.0, *[0.5] * 8), net(0.0, 0.1 * SECOND), fixed(), "ddp", NO_COPIES)
+    # one, then seven of the eight that are ready at 0.5 (28 MiB): 1.5 to 2.3; the last at the end: 3 to 3.1
+    assert many.step_s == pytest.approx(3.1 + 0.5)
+
+
+def test_a_scheme_under_ddp_gets_gradients_when_ddp_has_filled_a_bucket() -> None:
+    config = Config.load("scalecom", {"bucket_mb": 4})  # a bucket a tensor
+    works = fixed(Operation(0.0, "broadcast", 0))
+    first = step(config, job(2.0, 0.5), net(1.0, 0.0), works, "ddp", NO_COPIES)
+    assert first.step_s == pytest.approx(3 + 1 + 0.5)  # one from 1.5 to 2.5, the other from 3 to 4
+    held = step(config, job(2.0, 1.0, 0.5), net(1.0, 0.0), works, "ddp", NO_COPIES)
+    sooner = step(config, job(2.0, 1.0, 0.5), net(1.0, 0.0), works, "horovod", NO_COPIES)
+    assert held.step_s == pytest.approx(3 + 2 + 0.5) and sooner.step_s < held.step_s
+
+
+@pytest.mark.parametrize(
+    "variables, host",
+    [
+        ({"HOROVOD_RANK": "0"}, "horovod"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "TORCHELASTIC_RUN_ID": "none"}, "ddp"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h"}, "deepspeed"),
+        ({"RANK": "0"}, None),
+    ],
+)
+def test_a_launcher_is_known_by_its_variables(variables, host, monkeypatch) -> None:
+    for name in ("HOROVOD_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert in_job() == host
 
 
 def test_a_compressed_bucket_encodes_sends_and_decodes() -> None:
