@@ -37,6 +37,11 @@ class ChunkTopK(Scheme):
     levels up to the largest of all would code most of them as zero. Of their squares 1 % to 3 % is lost instead of 45 %
     to 77 % (Gaussian and Laplace values, 1 in 50). Rows that are zero on every rank stay zero (`says_zero`), for the
     code of two bits has no word for it.
+
+    With `signs: true` the optimizer gets the sign of the mean, 0 where no rank has sent anything, as in DeMo (Peng et
+    al., 2024, arXiv 2411.19870), which is this with plain SGD, `decay: 0.999`, and a cosine transform of each chunk
+    that is not here: chunks are of the values themselves. The step is then as long as the learning rate says, and is
+    no mean of gradients.
     """
 
     name: ClassVar[str] = "chunk_topk"
@@ -47,6 +52,7 @@ class ChunkTopK(Scheme):
     values: Literal["2bit", "4bit", "8bit", "bf16"] = Field("2bit", description="format of the kept values on the wire")
     block: Annotated[int, Field(ge=32, multiple_of=32)] = Field(512, description="kept values that share a scale")
     decay: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="of what is remembered, kept at each step")
+    signs: bool = Field(False, description="the optimizer gets the signs of the mean only")
 
     @property
     def says_zero(self) -> bool:
@@ -68,7 +74,7 @@ class ChunkTopK(Scheme):
         for row in payloads:
             decoded = codec.decode(row[cut:], kept, weight=1 / call.transport.size)
             chunk_add(K.unpack_bits(row[:cut], kept, width), decoded, self.ratio, result)
-        return result
+        return result.sign().where(~result.isnan(), result) if self.signs else result
 
     def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
         kept = -(-total(segments) // self.ratio)

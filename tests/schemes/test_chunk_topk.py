@@ -134,3 +134,16 @@ def test_a_chunk_that_is_not_finite_keeps_its_memory() -> None:
     assert all(result.isnan().any() for result in world.step(gradients))
     after = world.reducers[1].state.kept(world.bucket)
     assert torch.equal(after[20:30], before[1][20:30]) and after.isfinite().all()
+
+
+def test_signs_are_those_of_the_mean_zero_where_nothing_came_and_nan_where_it_is_not_finite() -> None:
+    plain, signed = (World(config("chunk_topk", ratio=4, decay=0.9, signs=signs), 3) for signs in (False, True))
+    for step in range(3):
+        gradients = plain.gradients(step)
+        values, signs = plain.step(gradients)[0], signed.step(gradients)[0]
+        assert torch.equal(signs, values.sign()) and 0 < int(signs.eq(0).sum()) < len(signs)
+        for one, other in zip(plain.reducers, signed.reducers):
+            assert torch.equal(one.state.kept(plain.bucket), other.state.kept(signed.bucket))
+    gradients = plain.gradients(3)
+    gradients[1][5] = math.nan
+    assert torch.equal(signed.step(gradients)[0].isnan(), plain.step(gradients)[0].isnan())
