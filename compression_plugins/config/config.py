@@ -20,11 +20,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, nearest, shown
 from ..optimizer.directions import GRADIENT, KINDS, Direction
 from ..schemes import registry
 from ..schemes.base import Scheme
-from .document import read_document
+from .document import parse_json, read_document
 
 #: Carries a configuration, as JSON, from a launcher to its workers.
 ENVIRONMENT_VARIABLE = "COMPRESSION_PLUGINS_CONFIG"
@@ -34,7 +34,7 @@ _CONFIGS = Path(__file__).parents[1] / "configs"
 class Outer(BaseModel):
     """What becomes of the mean drift of the ranks' weights, where they train by themselves (`every`)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     lr: Annotated[float, Field(gt=0, le=2)] = Field(1.0, description="part of the mean drift that is taken")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the mean drifts, as in torch.optim.SGD")
@@ -47,15 +47,17 @@ class Outer(BaseModel):
 class Settings(BaseModel):
     """The keys that every scheme shares."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="seed of every random choice; same on all ranks")
     bucket_mb: Annotated[float, Field(gt=0, le=4096)] | Literal["auto"] = Field(
         "auto",
         description="tensors are compressed and sent in buckets of so many MiB of fp32; auto: a quarter, 2 to 25",
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="optimizer steps sent dense before compression")
-    min_numel: Annotated[int, Field(ge=0)] = Field(1024, description="smaller tensors travel as they are")
+    warmup_steps: Annotated[int, Field(ge=0, le=10**12)] = Field(
+        0, description="optimizer steps sent dense before compression"
+    )
+    min_numel: Annotated[int, Field(ge=0, le=10**12)] = Field(1024, description="smaller tensors travel as they are")
     exempt: list[str] = Field([], description="name patterns (shell style) of tensors that travel as they are")
     every: Annotated[int, Field(ge=1, le=100_000)] = Field(
         1, description="optimizer steps that each rank takes by itself between exchanges; 1: gradients travel in each"
@@ -133,11 +135,14 @@ def from_environment() -> Config | None:
     text = os.environ.get(ENVIRONMENT_VARIABLE)
     if not text:
         return None
+    where = f"environment variable {ENVIRONMENT_VARIABLE}"
     try:
-        document = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"environment variable {ENVIRONMENT_VARIABLE} is not JSON: {error}") from None
-    return Config.load(document)
+        document = parse_json(text)
+    except ConfigError as error:
+        raise ConfigError(f"{where} {error}") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{where} must hold a mapping, not {shown(document)}")
+    return _build(document, where)
 
 
 def _scheme_dict(scheme: Scheme) -> dict[str, Any]:
@@ -147,14 +152,22 @@ def _scheme_dict(scheme: Scheme) -> dict[str, Any]:
 def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if isinstance(source, Mapping):
         return dict(source), "compression config"
+    if not isinstance(source, str | os.PathLike):
+        raise ConfigError(f"a configuration is a name, a path or a mapping, not {shown(source)}")
     path = Path(source)
-    is_file = path.suffix.lower() in {".yaml", ".yml", ".json"} or path.is_file()
-    if not is_file:
+    if path.suffix.lower() not in {".yaml", ".yml", ".json"} and not _is_file(path):
         known = {*registry.names(), *presets()}
         if str(source) not in known:
-            raise ConfigError(f"unknown scheme {str(source)!r}{nearest(str(source), known)}")
+            raise ConfigError(f"unknown scheme {shown(str(source))}{nearest(str(source), known)}")
         path = _CONFIGS / f"{source}.yaml"
     return read_document(path), str(path)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def presets() -> dict[str, str]:
@@ -168,6 +181,7 @@ def presets() -> dict[str, str]:
 
 
 def _build(document: dict[str, Any], where: str) -> Config:
+    _check_keys(document, where)
     if "scheme" not in document:
         raise ConfigError(f"{where}: the key 'scheme' is missing; valid: {', '.join(registry.names())}")
     general = {k: document[k] for k in Settings.model_fields if k in document}
@@ -212,15 +226,16 @@ def _direction(value: Any, where: str) -> Direction:
     if not isinstance(own, Mapping) or not isinstance(own.get("kind"), str):
         raise ConfigError(
             f"{where}: direction is a word or a mapping with a text 'kind', for example {{kind: momentum, momentum: "
-            f"0.9}}, not {value!r}; valid: {', '.join(KINDS)}"
+            f"0.9}}, not {shown(value)}; valid: {', '.join(KINDS)}"
         )
     kind = own["kind"]
     if kind not in KINDS:
-        raise ConfigError(f"{where}: unknown direction {kind!r}{nearest(kind, KINDS)}")
+        raise ConfigError(f"{where}: unknown direction {shown(kind)}{nearest(kind, KINDS)}")
+    _check_keys(own, where)
     for key in own:
         if key not in KINDS[kind].model_fields:
             hint = nearest(key, KINDS[kind].model_fields)
-            raise ConfigError(f"{where}: unknown key {key!r} for direction {kind!r}{hint}")
+            raise ConfigError(f"{where}: unknown key {shown(key)} for direction {kind!r}{hint}")
     try:
         return KINDS[kind](**own)
     except ValidationError as error:
@@ -232,6 +247,7 @@ def _rule(rule: Any, default: Scheme, where: str) -> Rule:
         raise ConfigError(
             f"{where}: a rule is a mapping with a text 'match', for example {{match: 'embed*', scheme: none}}"
         )
+    _check_keys(rule, where)
     own = {k: v for k, v in rule.items() if k not in {"match", "scheme"}}
     if rule.get("scheme", default.name) == default.name:  # a rule may change only some keys of the scheme
         own = {**default.model_dump(), **own}
@@ -240,7 +256,7 @@ def _rule(rule: Any, default: Scheme, where: str) -> Rule:
 
 def _scheme(name: Any, own: dict[str, Any], where: str, others: set[str]) -> Scheme:
     if not isinstance(name, str):
-        raise ConfigError(f"{where}: scheme must be a name, not {name!r}; valid: {', '.join(registry.names())}")
+        raise ConfigError(f"{where}: scheme must be a name, not {shown(name)}; valid: {', '.join(registry.names())}")
     try:
         cls = registry.get(name)
     except ConfigError as error:
@@ -248,20 +264,26 @@ def _scheme(name: Any, own: dict[str, Any], where: str, others: set[str]) -> Sch
     for key in own:
         if key not in cls.model_fields:
             hint = nearest(key, {*cls.model_fields, *others, "scheme"})
-            raise ConfigError(f"{where}: unknown key {key!r} for scheme {name!r}{hint}")
+            raise ConfigError(f"{where}: unknown key {shown(key)} for scheme {name!r}{hint}")
     try:
         return cls(**own)
     except ValidationError as error:
         raise ConfigError(f"{where}: scheme {name!r}: {_first(error)}") from None
 
 
+def _check_keys(document: Mapping[Any, Any], where: str) -> None:
+    for key in document:
+        if not isinstance(key, str):
+            raise ConfigError(f"{where}: a key must be a text, not {shown(key)}")
+
+
 def _first(error: ValidationError) -> str:
     detail, *others = error.errors()
     if detail["type"] == "extra_forbidden":
         *path, key = detail["loc"]
-        return f"unknown key {key!r} in {'.'.join(map(str, path))}{nearest(str(key), Outer.model_fields)}"
+        return f"unknown key {shown(key)} in {'.'.join(map(str, path))}{nearest(str(key), Outer.model_fields)}"
     where, message = detail["loc"], f"{detail['msg'][0].lower()}{detail['msg'][1:]}"
     for other in others:  # of a key that takes a number or a word, pydantic reports both, under the names of its types
         if other["type"] == "literal_error" and other["loc"][:1] == where[:1]:
             where, message = where[:1], f"{message}, or be {other['ctx']['expected']}"
-    return f"{'.'.join(str(part) for part in where) or 'values'} = {detail['input']!r}: {message}"
+    return f"{'.'.join(str(part) for part in where) or 'values'} = {shown(detail['input'])}: {message}"

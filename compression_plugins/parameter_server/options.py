@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..config import read_document
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, nearest, shown
 from .algorithms import get
 
 Positive = Annotated[float, Field(gt=0)]
@@ -69,14 +69,14 @@ class Options(BaseModel):
         document.update(overrides or {})
         for key in document:
             if key not in cls.model_fields:
-                raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), cls.model_fields)}")
+                raise ConfigError(f"{where}: unknown key {shown(key)}{nearest(str(key), cls.model_fields)}")
         try:
             options = cls(**document)
         except ValidationError as error:
             detail = error.errors()[0]
             key = ".".join(str(part) for part in detail["loc"][:1])
             message = f"{detail['msg'][0].lower()}{detail['msg'][1:]}"
-            raise ConfigError(f"{where}: {key} = {detail['input']!r}: {message}") from None
+            raise ConfigError(f"{where}: {key} = {shown(detail['input'])}: {message}") from None
         try:
             get(options.method)
         except ConfigError as error:

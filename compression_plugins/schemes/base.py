@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.call import Call, Reduction, Segment, total
 from ..core.memory import Memory
@@ -25,6 +25,9 @@ Operation = Literal["mean", "scatter_mean", "gather", "mix"]
 _OF_A_CODEC: frozenset[Operation] = frozenset(("mean", "scatter_mean", "gather", "mix"))
 _OF_ITS_OWN: frozenset[Operation] = frozenset(("mean",))
 
+#: Elements that share a scale.
+Block = Annotated[int, Field(ge=32, le=1 << 24, multiple_of=32)]
+
 
 class Scheme(BaseModel):
     """Base of all schemes. Fields are the parameters that a configuration may set.
@@ -42,7 +45,7 @@ class Scheme(BaseModel):
             (docs/benchmarks/parity.md); a session says so.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     name: ClassVar[str]
     paper: ClassVar[str]

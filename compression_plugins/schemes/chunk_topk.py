@@ -13,7 +13,7 @@ from ..codecs import Cast, Codec, TwoMagnitudes, Uniform
 from ..codecs.chunks import chunk_add, place_bits
 from ..core.call import Call, Reduction, Segment, total
 from ..core.memory import Memory
-from .base import Scheme
+from .base import Block, Scheme
 from .registry import register
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class ChunkTopK(Scheme):
 
     ratio: Annotated[int, Field(ge=1, le=65536)] = Field(50, description="keep one value in so many")
     values: Literal["2bit", "4bit", "8bit", "bf16"] = Field("2bit", description="format of the kept values on the wire")
-    block: Annotated[int, Field(ge=32, multiple_of=32)] = Field(512, description="kept values that share a scale")
+    block: Block = Field(512, description="kept values that share a scale")
     decay: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="of what is remembered, kept at each step")
     signs: bool = Field(False, description="the optimizer gets the signs of the mean only")
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ..codecs import Codec, Uniform
 from ..optimizer.weight_law import WeightLaw
-from .base import Scheme
+from .base import Block, Scheme
 from .registry import register
 
 if TYPE_CHECKING:
@@ -37,10 +37,12 @@ class DoubleQuantization(Scheme):
     paper: ClassVar[str] = "Yu, Wu, Huang, 2019, arXiv 1805.10111"
 
     bits: Literal[2, 4, 8] = Field(4, description="bits of a gradient value, sign included (b)")
-    block: Annotated[int, Field(ge=32, multiple_of=32)] = Field(512, description="gradient values that share a scale")
+    block: Block = Field(512, description="gradient values that share a scale")
     weights: bool = Field(True, description="compute with quantized weights")
-    mu: Annotated[float, Field(gt=0)] = Field(0.5, description="error of the weights relative to their way since x~")
-    snapshot_steps: Annotated[int, Field(ge=1)] = Field(100, description="steps between exact snapshots x~")
+    mu: Annotated[float, Field(gt=0, le=1e30)] = Field(
+        0.5, description="error of the weights relative to their way since x~"
+    )
+    snapshot_steps: Annotated[int, Field(ge=1, le=10**9)] = Field(100, description="steps between exact snapshots x~")
 
     @property
     def weight_law(self) -> WeightLaw | None:

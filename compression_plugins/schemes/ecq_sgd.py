@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ..codecs import Codec, Uniform
 from ..core.memory import Memory
-from .base import Scheme
+from .base import Block, Scheme
 from .registry import register
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class ECQSGD(Scheme):
     paper: ClassVar[str] = "Wu et al., 2018, arXiv 1806.08054"
 
     bits: Literal[2, 4, 8] = Field(4, description="bits per value, sign included")
-    block: Annotated[int, Field(ge=32, multiple_of=32)] = Field(256, description="elements that share a scale")
+    block: Block = Field(256, description="elements that share a scale")
     rounding: Literal["nearest", "stochastic"] = Field("nearest", description="stochastic is the paper's")
     alpha: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="part of the memory that is added to a gradient"

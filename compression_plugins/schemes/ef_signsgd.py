@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ..codecs import Codec, Sign
 from ..core.memory import Memory
-from .base import Scheme
+from .base import Block, Scheme
 from .registry import register
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class EFSignSGD(Scheme):
     paper: ClassVar[str] = "Karimireddy et al., 2019, arXiv 1901.09847"
     suits_adam: ClassVar[bool] = False
 
-    block: Annotated[int, Field(ge=32, multiple_of=32)] = Field(1024, description="elements that share a scale")
+    block: Block = Field(1024, description="elements that share a scale")
     stages: Literal["auto", 1, 2] = Field(
         "auto", description="1: all get all signs; 2: owners code the mean, where that sends less; auto: the faster one"
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
 from ..codecs import Cast, Codec
-from .base import Scheme
+from .base import Block, Scheme
 from .registry import register
 
 
@@ -21,7 +21,7 @@ class Fp8(Scheme):
     name: ClassVar[str] = "fp8"
     paper: ClassVar[str] = "Peng et al., 2023, arXiv 2310.18313"
 
-    block: Annotated[int, Field(ge=32, multiple_of=32)] = Field(256, description="elements that share a scale")
+    block: Block = Field(256, description="elements that share a scale")
 
     @property
     def codec(self) -> Codec:

@@ -47,14 +47,14 @@ class Marsit(Scheme):
     paper: ClassVar[str] = "Wu et al., 2022, arXiv 2204.06787"
     suits_adam: ClassVar[bool] = False
 
-    flush_steps: Annotated[int, Field(ge=1)] = Field(100, description="steps between exact averages (K)")
-    eta_s: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+    flush_steps: Annotated[int, Field(ge=1, le=10**9)] = Field(100, description="steps between exact averages (K)")
+    eta_s: Annotated[float, Field(gt=0, le=1e30)] | Literal["auto"] = Field(
         "auto", description="absolute value of the update between flushes; auto: each tensor's mean |p| at the flush"
     )
     form: Literal["one_hot", "ring", "torus"] = Field(
         "one_hot", description="one all-reduce of words, or the paper's ring or torus"
     )
-    rows: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    rows: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"] = Field(
         "auto", description="rows of the torus, a divisor of the number of ranks; auto: nearest to a square"
     )
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from ..codecs import Codec, Uniform
-from .base import Scheme
+from .base import Block, Scheme
 from .registry import register
 
 
@@ -24,7 +24,7 @@ class QSGD(Scheme):
     paper: ClassVar[str] = "Alistarh et al., 2017, arXiv 1610.02132"
 
     bits: Literal[2, 4, 8] = Field(4, description="bits per value, sign included")
-    block: Annotated[int, Field(ge=32, multiple_of=32)] = Field(512, description="elements that share a scale")
+    block: Block = Field(512, description="elements that share a scale")
     norm: Literal["absmax", "l2"] = Field("absmax", description="scale of a block; l2 is the paper's")
 
     @property

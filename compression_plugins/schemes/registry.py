@@ -11,7 +11,7 @@ import pkgutil
 from functools import cache
 from typing import Any, TypeVar
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, nearest, shown
 
 _SCHEMES: dict[str, Any] = {}
 S = TypeVar("S", bound=type)
@@ -48,5 +48,5 @@ def get(name: str) -> Any:
     """
     _load()
     if name not in _SCHEMES:
-        raise ConfigError(f"unknown scheme {name!r}{nearest(name, _SCHEMES)}")
+        raise ConfigError(f"unknown scheme {shown(name)}{nearest(name, _SCHEMES)}")
     return _SCHEMES[name]

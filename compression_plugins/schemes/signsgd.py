@@ -75,7 +75,9 @@ class SignSGD(Scheme):
     paper: ClassVar[str] = "Bernstein et al., 2018, arXiv 1810.05291"
     suits_adam: ClassVar[bool] = False
 
-    magnitude: Annotated[float, Field(gt=0)] = Field(1.0, description="absolute value of every element of the update")
+    magnitude: Annotated[float, Field(gt=0, le=1e30)] = Field(
+        1.0, description="absolute value of every element of the update"
+    )
 
     @property
     def says_zero(self) -> bool:

@@ -33,7 +33,7 @@ class TopK(Scheme):
     paper: ClassVar[str] = "Stich et al., 2018, arXiv 1809.07599"
     suits_adam: ClassVar[bool] = False
 
-    ratio: Annotated[float, Field(ge=1)] = Field(100.0, description="keep one value in so many")
+    ratio: Annotated[float, Field(ge=1, le=1 << 24)] = Field(100.0, description="keep one value in so many")
     decay: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="of what is remembered, kept at each step")
 
     @property

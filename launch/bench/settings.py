@@ -83,7 +83,7 @@ Steps = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Accuracy(_Strict):

@@ -138,7 +138,7 @@ def test_numbers_are_read_as_in_json() -> None:
         "exempt": ["*.bias"],
     }
     for bad in ("ratio", "=3", "ratio=[", "x=!!python/object/apply:os.getcwd []"):
-        with pytest.raises(ConfigError, match="KEY=VALUE|is not a YAML value"):
+        with pytest.raises(ConfigError, match="KEY=VALUE|the value is not plain YAML"):
             parse_assignments([bad])
 
 

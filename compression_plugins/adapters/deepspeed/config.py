@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import Config, read_document
-from ...errors import ConfigError, UnsupportedError
+from ...errors import ConfigError, UnsupportedError, shown
 
 BLOCK = "communication_compression"
 
@@ -25,15 +25,16 @@ def parse(block: Any) -> Config | None:
     """
     if not isinstance(block, Mapping):
         raise ConfigError(
-            f'{BLOCK} must be a mapping such as {{"scheme": "scalecom"}} or {{"file": "scalecom.yaml"}}, not {block!r}'
+            f'{BLOCK} must be a mapping such as {{"scheme": "scalecom"}} or {{"file": "scalecom.yaml"}}, '
+            f"not {shown(block)}"
         )
     document = dict(block)
     enabled = document.pop("enabled", True)
     if not isinstance(enabled, bool):
-        raise ConfigError(f"{BLOCK}: enabled must be true or false, not {enabled!r}")
+        raise ConfigError(f"{BLOCK}: enabled must be true or false, not {shown(enabled)}")
     file = document.pop("file", None)
     if file is not None and not isinstance(file, str):
-        raise ConfigError(f"{BLOCK}: file must be a path or the name of a scheme, not {file!r}")
+        raise ConfigError(f"{BLOCK}: file must be a path or the name of a scheme, not {shown(file)}")
     config = Config.load(document) if file is None else Config.load(file, document)
     return config if enabled else None
 

@@ -14,8 +14,10 @@ import argparse
 import importlib.metadata
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ...errors import CompressionError, ConfigError
@@ -91,6 +93,12 @@ def _section(config_file: str | None) -> str | Mapping[str, Any] | None:
         return None
     from ...config import read_document
 
+    try:
+        text = Path(config_file).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {config_file}: {error.strerror}") from None
+    if not re.search(rb"\bcompression[\"']?\s*:", text):
+        return None  # all that is in it is Horovod's own business
     section = read_document(config_file).get("compression")
     if section is None or isinstance(section, str | dict):
         return section

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Decay, Decay], Field(strict=False)]
-Eps = Annotated[float, Field(gt=0)]
+Eps = Annotated[float, Field(gt=0, le=1)]
+Steps = Annotated[int, Field(ge=1, le=10**9)]
 
 
 class Run(Protocol):
@@ -40,7 +41,7 @@ class Direction(BaseModel):
         shared: every rank keeps the same moments, the same bits, so each needs the whole of every average.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     kind: str
     formed: ClassVar[bool] = True

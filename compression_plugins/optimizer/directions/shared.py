@@ -12,14 +12,14 @@ rule `scheme: none`, whose m is exact.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from ..._lazy import torch
 from ...core.memory import finite, nan_unless, restore_unless, zero_unless
 from ...errors import ConfigError, UnsupportedError
-from .base import Betas, Direction, Eps, Run, once_in_a_step
+from .base import Betas, Direction, Eps, Run, Steps, once_in_a_step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,15 +135,11 @@ class ZeroOneAdam(_SharedAdam):
     """
 
     kind: Literal["zero_one_adam"] = "zero_one_adam"
-    refresh: Annotated[int, Field(ge=1)] | Literal["growing"] = Field(
+    refresh: Steps | Literal["growing"] = Field(
         "growing", description="steps from one dense step to the next; growing: by var_update_scaler"
     )
-    var_update_scaler: Annotated[int, Field(ge=1)] = Field(
-        16, description="refresh: growing: dense steps after which the interval doubles"
-    )
-    var_freeze_step: Annotated[int, Field(ge=1)] = Field(
-        100_000, description="steps after the warm-up from which the variance is frozen"
-    )
+    var_update_scaler: Steps = Field(16, description="refresh: growing: dense steps after which the interval doubles")
+    var_freeze_step: Steps = Field(100_000, description="steps after the warm-up from which the variance is frozen")
 
     @property
     def exact_share(self) -> float:
