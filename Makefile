@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint audit clean
 
 setup:
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) was not found: install Python 3.10 or newer, or run make PYTHON=/path/to/python3" >&2; exit 2; }
@@ -20,6 +20,11 @@ lint: setup
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not alone"
 	$(BIN)/python -m pytest -q -m alone
+
+# Known vulnerabilities of what is installed: at each release. Needs the network; pip-audit lives in a folder of its own.
+audit: setup
+	@test -x .venv/audit/bin/pip-audit || { $(PYTHON) -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit; } || { echo "make audit: pip-audit could not be installed; it needs the package index" >&2; exit 2; }
+	.venv/audit/bin/pip-audit --path $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") --skip-editable --progress-spinner off
 
 clean:
 	rm -rf .venv out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     assert server is not None
     print(
         f"{server.step:,} updates, loss {trainer.loss():.6f}, {server.traffic.bits / 8e6:,.3f} MB as the paper counts, "
-        f"{server.traffic.wire_bytes / 1e6:,.3f} MB with headers, largest delay {max(server.delays, default=0)}"
+        f"{server.traffic.wire_bytes / 1e6:,.3f} MB with headers, largest delay {server.largest_delay}"
     )
     if args.out:
         torch.save(model.state_dict(), args.out)

@@ -129,6 +129,13 @@ def test_a_target_of_make_runs_programs_and_modules_that_there_are(command: str)
     assert (ROOT / recipe.split("python3 ")[-1].split()[0]).exists(), "the set-up comes first"
 
 
+def test_the_audit_looks_at_what_is_installed_and_says_what_it_needs() -> None:
+    recipe = subprocess.run(["make", "audit", "-n"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    *_, install, audit = recipe.splitlines()
+    assert "needs the package index" in install
+    assert audit.startswith(".venv/audit/bin/pip-audit --path $(.venv/bin/python -c ")
+
+
 @pytest.mark.parametrize("command", only(QUICK))
 def test_a_quick_command_works(command: str, folder: Path) -> None:
     assert run(command, folder)

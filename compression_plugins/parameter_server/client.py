@@ -10,11 +10,15 @@ import torch
 
 from ..errors import CompressionError
 from . import handshake, messages
+from .connection import configure
 from .messages import DOWN, HEADER, Kind, Message
-from .service import HANDSHAKE_S, configure
 from .worker import Worker
 
 log = logging.getLogger("compression_plugins.parameter_server")
+HANDSHAKE_S = 10.0
+#: Times in a row that a server may hang up during the handshake: it does so at once where the token is another one, and
+#: once in a while where it has to show out too many strangers.
+_HANG_UPS = 3
 _RETRY_S = 0.2
 
 
@@ -32,7 +36,7 @@ def run_worker(
         CompressionError: the server reported an error, or cannot be reached.
     """
     handshake.check_token(token)
-    deadline = time.monotonic() + reconnect_s
+    deadline, hang_ups = time.monotonic() + reconnect_s, 0
     while True:
         try:
             with socket.create_connection(address, timeout=HANDSHAKE_S) as sock:
@@ -44,6 +48,9 @@ def run_worker(
                 finally:
                     deadline = time.monotonic() + reconnect_s
         except (OSError, _Closed) as error:
+            hang_ups = hang_ups + 1 if isinstance(error, _HungUp) else 0
+            if hang_ups == _HANG_UPS:
+                raise handshake.AuthenticationError(f"{error}: most likely its token is another one") from None
             if time.monotonic() > deadline:
                 where = f"{address[0]}:{address[1]}"
                 raise CompressionError(f"worker {worker.rank} cannot reach the server at {where}: {error}") from None
@@ -53,6 +60,10 @@ def run_worker(
 
 class _Closed(Exception):
     """The server hung up without a word."""
+
+
+class _HungUp(_Closed):
+    """It did so instead of proving that it knows the token."""
 
 
 class _Connection:
@@ -69,9 +80,7 @@ class _Connection:
         try:
             proof = bytes(self._read(handshake.PROOF).numpy())
         except (_Closed, ConnectionError):
-            raise handshake.AuthenticationError(
-                "the server hung up during the handshake: most likely its token is another one"
-            ) from None
+            raise _HungUp("the server hung up during the handshake") from None
         if not handshake.same(proof, expected):
             raise handshake.AuthenticationError("the server does not know the token")
 

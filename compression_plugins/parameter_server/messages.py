@@ -12,9 +12,11 @@ message that says otherwise, so that no size that a peer chose reaches the alloc
     MODEL     down       ticket  0        -      bits 0: x is x~; 2..16: [scale | codes] of Q(x); 32: fp32 [numel]
     STOP      down       -       length   -      UTF-8 text, zero padded; bits 1: an error
     TOTAL     up         epoch   samples  loss   sum of gradients at x~: fp32 [numel]; value: sum of losses
-    GRADIENT  up         ticket  0        loss   bits 0: zero; 2..16: [scale | codes]; 32: fp32 [numel]
-    INDICES   up         ticket  entries  loss   [magnitude fp32 | low index bits | high index bits | signs]
-    BITMAP    up         ticket  entries  loss   [magnitude fp32 | numel bits | signs]
+    GRADIENT  up         ticket  0        health bits 0: zero; 2..16: [scale | codes]; 32: fp32 [numel]
+    INDICES   up         ticket  entries  health [magnitude fp32 | low index bits | high index bits | signs]
+    BITMAP    up         ticket  entries  health [magnitude fp32 | numel bits | signs]
+
+A health of NaN says that the gradient is not finite, whatever the payload; it is 0 otherwise.
 
 Each packed array is padded to whole 4-byte words (codes, low and high index bits, signs). Indices are ceil(log2 numel)
 bits wide: the low 16 bits in one array, those above in another. `Message.bits_counted` counts what the paper counts
@@ -23,6 +25,7 @@ bits wide: the low 16 bits in one array, those above in another. `Message.bits_c
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
@@ -39,6 +42,7 @@ HEADER = struct.Struct("<BBBxIQfI")
 #: Bits that say "fp32 as it is".
 EXACT = 32
 MAX_TEXT = 1000
+DIVERGED = "{} is not finite: the run diverged; lower lr, or look for NaN and Inf in the data"
 _WIDTHS = (0, *range(quantizer.MIN_BITS, quantizer.MAX_BITS + 1), EXACT)
 
 
@@ -58,6 +62,14 @@ class Kind(IntEnum):
 
 DOWN = frozenset({Kind.SNAPSHOT, Kind.SHARD, Kind.SUM, Kind.MODEL, Kind.STOP})
 UP = frozenset(Kind) - DOWN
+
+
+_CARRIES = {
+    Kind.SNAPSHOT: "the model",
+    Kind.MODEL: "the model",
+    Kind.TOTAL: "the gradient of all samples",
+    Kind.GRADIENT: "a gradient",
+}
 
 
 class MessageError(CompressionError):
@@ -176,6 +188,11 @@ def nothing(kind: Kind, step: int) -> Message:
     return Message(kind, torch.empty(0, dtype=torch.uint8), step)
 
 
+def not_finite(step: int) -> Message:
+    """GRADIENT: this worker has computed values that are not finite, or run away."""
+    return Message(Kind.GRADIENT, torch.empty(0, dtype=torch.uint8), step, value=math.nan)
+
+
 def sparse(signs: Tensor, magnitude: float, step: int) -> Message:
     """`signs * magnitude` (signs int32 [numel] in {-1, 0, 1}) as indices or, when that is smaller, as a bitmap."""
     numel = signs.numel()
@@ -194,8 +211,15 @@ def sparse(signs: Tensor, magnitude: float, step: int) -> Message:
 
 
 def vector(message: Message, numel: int) -> Tensor:
-    """fp32 [numel] that a checked message carries; raises `MessageError` where the payload contradicts itself."""
+    """fp32 [numel] that a checked message carries.
+
+    Raises:
+        MessageError: the payload contradicts itself.
+        Diverged: it is not finite.
+    """
     payload, bits = message.payload, message.bits
+    if not math.isfinite(message.value):
+        raise quantizer.Diverged(DIVERGED.format("the gradient or the loss"))
     if message.kind in (Kind.INDICES, Kind.BITMAP):
         return _sparse_vector(message, numel)
     if message.kind in (Kind.SNAPSHOT, Kind.TOTAL) or bits == EXACT:
@@ -205,7 +229,7 @@ def vector(message: Message, numel: int) -> Tensor:
     else:
         return torch.zeros(numel)
     if not bool(result.isfinite().all()):
-        raise MessageError(f"{message.kind.name} carries values that are not finite: the run diverged; lower lr")
+        raise quantizer.Diverged(DIVERGED.format(_CARRIES[message.kind]))
     return result
 
 

@@ -20,7 +20,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
 #: Only the server reads these; they may differ between the two sides and change at a resume.
-_SERVER_ONLY = {"epochs", "target_loss", "patience_s", "start_s", "restarts"}
+_SERVER_ONLY = {"epochs", "target_loss", "patience_s", "start_s", "restarts", "returns"}
 
 
 class Options(BaseModel):
@@ -53,6 +53,9 @@ class Options(BaseModel):
     patience_s: Positive = Field(10.0, description="seconds that others wait for a worker before it is dropped")
     start_s: Positive = Field(120.0, description="seconds to wait for all workers at the start, or for one if all died")
     restarts: Annotated[int, Field(ge=0)] = Field(3, description="times that a worker of this machine is started again")
+    returns: Annotated[int, Field(ge=0)] = Field(
+        20, description="times that a worker may connect again in the whole run"
+    )
 
     @classmethod
     def load(

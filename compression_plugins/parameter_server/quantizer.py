@@ -21,16 +21,20 @@ LARGEST = 1e30
 _WIDE = K.layout.uniform_levels(16)
 
 
+class Diverged(CompressionError):
+    """What should travel is not finite, or has run away: the run is over."""
+
+
 def payload_bytes(numel: int, bits: int) -> int:
     """Length in bytes of what `encode` returns for `numel` values of `bits`."""
     return 4 * (1 + K.layout.words(numel, bits))
 
 
 def largest(x: Tensor, name: str) -> float:
-    """max|x|; raises `CompressionError` if x is not finite or has run away."""
+    """max|x|; raises `Diverged` if x is not finite or has run away."""
     value = float(K.stats(x)[0])
     if not value <= LARGEST:
-        raise CompressionError(f"{name} is not finite or beyond {LARGEST:g}: the run diverged; lower the step size lr")
+        raise Diverged(f"{name} is not finite or beyond {LARGEST:g}: the run diverged; lower lr")
     return value
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..core.seconds import Spent
 from . import messages
 from .messages import Kind, Message
+
+#: Updates of which a server's `delays` and `arrivals` tell, at least.
+KEPT = 100_000
 
 
 @dataclass
@@ -71,3 +74,31 @@ class Epoch:
     model_bits: float = 0.0
     survivors: float | None = None
     delay: int = 0
+
+
+@dataclass
+class _Mean:
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        self.total, self.count = self.total + value, self.count + 1
+
+    def value(self) -> float | None:
+        return self.total / self.count if self.count else None
+
+
+@dataclass
+class Tally:
+    """What an epoch has seen so far."""
+
+    widths: _Mean = field(default_factory=_Mean)
+    survivors: _Mean = field(default_factory=_Mean)
+    delay: int = 0
+
+
+def keep(values: list[int], value: int) -> None:
+    """Append, and let go of the earlier half once there are twice `KEPT`."""
+    values.append(value)
+    if len(values) >= 2 * KEPT:
+        del values[:KEPT]

@@ -10,20 +10,20 @@ deadlines, else it is held until the late ones have arrived; at most tau + 1 tic
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
 from ..errors import CompressionError, MismatchError
-from . import messages
+from . import checkpoint, messages
 from .algorithms import Prox, State, get
 from .messages import Kind, Message, MessageError
 from .options import Options
-from .records import Epoch, Seconds, Traffic
+from .quantizer import Diverged
+from .records import Epoch, Seconds, Tally, Traffic, keep
 
 log = logging.getLogger("compression_plugins.parameter_server")
 Phase = Literal["waiting", "snapshot", "inner", "done"]
@@ -38,13 +38,6 @@ class Ticket:
     zeta: Tensor | None = None
 
 
-@dataclass
-class _Tally:
-    widths: list[int] = field(default_factory=list)
-    survivors: list[float] = field(default_factory=list)
-    delay: int = 0
-
-
 class Server:
     """Owns x. Drive it with `join`, `begin`, `receive`, `leave`; send what is in `outbox`, in order.
 
@@ -57,8 +50,9 @@ class Server:
 
     Attributes:
         step: updates applied so far (t); `epoch`: snapshots completed or, within one, begun before it.
-        delays: t - D(t) of every update of this process.
-        arrivals: whose gradient arrived, in order; with gradients held back this is not the order of updates.
+        delays: t - D(t) of the latest updates of this process, between `records.KEPT` and twice as many once there are.
+        arrivals: whose gradient arrived, in order, as many; with gradients held back not the order of updates.
+        largest_delay: of all updates of this process.
         outbox: (rank, message) to send.
         traffic, seconds: messages counted; where this process's time went.
     """
@@ -82,6 +76,7 @@ class Server:
         self.step = self.epoch = self.tickets = 0
         self.traffic, self.seconds = Traffic(), Seconds()
         self.history: list[Epoch] = []
+        self.largest_delay = 0
         self.delays: list[int] = []
         self.arrivals: list[int] = []
         self.parts: dict[int, list[int]] = {}
@@ -91,7 +86,7 @@ class Server:
         self._issued = self._applied = 0  # of this epoch
         self._asked: dict[int, deque[tuple[int, ...]]] = {}
         self._totals: dict[tuple[int, ...], tuple[float, Tensor]] = {}
-        self._tally = _Tally()
+        self._tally = Tally()
 
     # --- workers come and go ---
 
@@ -186,10 +181,7 @@ class Server:
         parts = asked[0]
         if message.count != self._samples_in(parts):
             raise MessageError(f"worker {rank} summed {message.count} samples, not those of parts {list(parts)}")
-        with self.seconds.spent("coding"):
-            total = messages.vector(message, self.numel)
-        if not math.isfinite(message.value):
-            raise CompressionError(f"the loss at snapshot {self.epoch} is {message.value}: the run diverged; lower lr")
+        total = self._vector(rank, message)
         asked.popleft()
         self.traffic.count(message)
         self._totals[parts] = message.value, total
@@ -199,14 +191,20 @@ class Server:
         ticket = self._out.get(rank)
         if ticket is None or ticket.zeta is not None or message.step != ticket.number:
             raise MessageError(f"worker {rank} sent a gradient that was not asked for (ticket {message.step})")
-        with self.seconds.spent("coding"):
-            ticket.zeta = messages.vector(message, self.numel)
-        self.arrivals.append(rank)
+        ticket.zeta = self._vector(rank, message)
+        keep(self.arrivals, rank)
         self.traffic.count(message)
         if message.kind in (Kind.INDICES, Kind.BITMAP):
-            self._tally.survivors.append(message.count / self.numel)
+            self._tally.survivors.add(message.count / self.numel)
         self._out[rank] = self._out.pop(rank)
         self._apply_what_can_be()
+
+    def _vector(self, rank: int, message: Message) -> Tensor:
+        try:
+            with self.seconds.spent("coding"):
+                return messages.vector(message, self.numel)
+        except Diverged as error:
+            raise Diverged(f"epoch {self.epoch}, update {self.step}, worker {rank}: {error}") from None
 
     def _send(self, rank: int, message: Message) -> None:
         self.traffic.count(message)
@@ -235,7 +233,8 @@ class Server:
     def _apply(self, rank: int) -> None:
         ticket = self._out.pop(rank)
         delay = self.step - ticket.version
-        self.delays.append(delay)
+        keep(self.delays, delay)
+        self.largest_delay = max(self.largest_delay, delay)
         self._tally.delay = max(self._tally.delay, delay)
         assert ticket.zeta is not None
         with self.seconds.spent("computing"):
@@ -250,7 +249,7 @@ class Server:
             with self.seconds.spent("coding"):
                 message = self.algorithm.send_model(self.state, self.options.mu, self.options.seed, self.tickets, rank)
             self._out[rank] = Ticket(self.tickets, self.step)
-            self._tally.widths.append(message.bits)
+            self._tally.widths.add(message.bits)
             self._issued += 1
             self.tickets += 1
             self._send(rank, message)
@@ -270,8 +269,8 @@ class Server:
 
     def _finish_row(self) -> None:
         row, tally = self.history[-1], self._tally
-        row.model_bits = sum(tally.widths) / len(tally.widths) if tally.widths else 0.0
-        row.survivors = sum(tally.survivors) / len(tally.survivors) if tally.survivors else None
+        row.model_bits = tally.widths.value() or 0.0
+        row.survivors = tally.survivors.value()
         row.delay = tally.delay
 
     def finish(self, text: str, error: bool = False) -> None:
@@ -290,7 +289,7 @@ class Server:
         self._totals.clear()
         self._asked.clear()
         self._issued = self._applied = 0
-        self._tally = _Tally()
+        self._tally = Tally()
         self.state.snapshot.copy_(self.state.x)
         for rank in self.active:
             self._send_snapshot(rank)
@@ -356,8 +355,8 @@ class Server:
         """At the end of an epoch: plain numbers and tensors; loads with `torch.load(..., weights_only=True)`."""
         if self._out or self.phase == "snapshot":
             raise CompressionError("the server's state can be saved between epochs only (on_checkpoint)")
-        return {
-            "version": 1,
+        return checkpoint.sealed({
+            "version": checkpoint.VERSION,
             "digest": self.options.digest(self.numel, self.samples).hex(),
             "step": self.step,
             "epoch": self.epoch,
@@ -367,22 +366,25 @@ class Server:
             "theta": self.state.theta,
             "traffic": asdict(self.traffic),
             "history": [asdict(row) for row in self.history],
-        }
+        })  # fmt: skip
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue, bit for bit, after the epoch that was saved; then `begin`."""
-        if saved.get("version") != 1:
-            raise CompressionError(f"a checkpoint of version {saved.get('version')!r}; this package reads 1")
-        if saved["digest"] != self.options.digest(self.numel, self.samples).hex():
+        """Continue, bit for bit, after the epoch that was saved; then `begin`.
+
+        Raises:
+            CompressionError: the state is damaged, of another version or another run, or has no epoch left to do.
+        """
+        contents = checkpoint.check(saved, self.numel)
+        if contents.digest != self.options.digest(self.numel, self.samples).hex():
             raise MismatchError("the checkpoint is of a run with other options, another model or other data")
         if self.phase != "waiting":
             raise CompressionError("load a checkpoint before the run begins")
-        self.step, self.epoch, self.tickets = saved["step"], saved["epoch"], saved["tickets"]
-        self.state = State.at(saved["x"], saved["theta"])
-        self.state.momentum.copy_(saved["momentum"])
-        self.traffic = Traffic(**saved["traffic"])
-        self.history = [Epoch(**row) for row in saved["history"]]
-        if self.epoch >= self.options.epochs:
+        if contents.epoch >= self.options.epochs:
             raise CompressionError(
-                f"the checkpoint has done {self.epoch} epochs of {self.options.epochs}: raise epochs"
+                f"the checkpoint has done {contents.epoch} epochs of {self.options.epochs}: raise epochs"
             )
+        self.step, self.epoch, self.tickets = contents.step, contents.epoch, contents.tickets
+        self.state = State.at(saved["x"], contents.theta)
+        self.state.momentum.copy_(saved["momentum"])
+        self.traffic = Traffic(**contents.traffic.model_dump())
+        self.history = [Epoch(**row.model_dump()) for row in contents.history]

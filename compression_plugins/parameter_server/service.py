@@ -6,122 +6,30 @@ not come back and a server that was restarted would lose all workers; and both t
 whoever reaches their ports. What travels is short messages of varying length in host memory, for which TCP is as fast.
 
 It binds loopback unless told otherwise, admits whoever knows the token (`handshake`), reads no size that it has not
-computed itself (`messages.parse_header`), bounds the time and number of connections that have not proved themselves,
-and drops a worker that sends anything else than what it was asked for.
+computed itself (`messages.parse_header`), bounds the time and number of connections that have not proved themselves
+(`door`), and drops a worker that sends anything else than what it was asked for. A worker that was dropped, or whose
+connection broke, may come back `returns` times in a run.
 """
 
 from __future__ import annotations
 
 import logging
 import selectors
-import socket
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable
-
-import torch
 
 from ..errors import CompressionError
 from . import handshake, messages
-from .messages import HEADER, UP, Header, Kind, Message, MessageError
+from .connection import Connection, Lost
+from .door import Door
+from .messages import UP, Kind, MessageError
 from .server import Server
 
 log = logging.getLogger("compression_plugins.parameter_server")
 
-HANDSHAKE_S = 10.0
-#: A peer whose machine vanished is noticed after about a minute, without a byte of ours in flight.
-KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 _TICK_S = 0.1
 _GOODBYE_S = 5.0
-
-
-def configure(sock: socket.socket) -> None:
-    """Small messages at once; notice peers that vanish."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in KEEPALIVE.items():
-        if hasattr(socket, name):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-class _Lost(Exception):
-    """This connection is of no more use; the text says why."""
-
-
-class _Connection:
-    """Bytes of one peer: what it has sent of the piece that comes next, and what waits to be sent to it."""
-
-    def __init__(self, sock: socket.socket, address: str) -> None:
-        self.sock, self.address, self.since = sock, address, time.monotonic()
-        self.challenge = handshake.challenge()
-        self.rank: int | None = None
-        self.header: Header | None = None
-        self.closing = False  # once all is sent
-        self._unsent: deque[memoryview] = deque([memoryview(self.challenge)])
-        self._expect(handshake.HELLO_BYTES)
-
-    @property
-    def name(self) -> str:
-        return self.address if self.rank is None else f"worker {self.rank} ({self.address})"
-
-    def _expect(self, nbytes: int) -> None:
-        self.piece = torch.empty(nbytes, dtype=torch.uint8)
-        self._view, self._have = self.piece.numpy().data, 0
-
-    def read(self) -> bytes | None:
-        """More of the piece that is due; its bytes once whole (empty for a payload, which stays in `piece`)."""
-        try:
-            count = self.sock.recv_into(self._view[self._have :])
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            raise _Lost(f"connection lost: {error.strerror}") from None
-        if not count:
-            raise _Lost("connection closed")
-        self._have += count
-        if self._have < len(self._view):
-            return None
-        return b"" if self.header else bytes(self._view)
-
-    def next_piece(self, header: Header | None) -> None:
-        self.header = header
-        self._expect(header.nbytes if header else HEADER.size)
-
-    def queue(self, *pieces: bytes | memoryview) -> None:
-        self._unsent.extend(memoryview(piece) for piece in pieces if len(piece))
-
-    def send(self, message: Message) -> None:
-        self.queue(message.header(), message.payload.numpy().data)
-
-    def write(self) -> bool:
-        """Send what the socket takes; True when nothing is left."""
-        try:
-            while self._unsent:
-                first = self._unsent[0]
-                count = self.sock.send(first)
-                if count < len(first):
-                    self._unsent[0] = first[count:]
-                    return False
-                self._unsent.popleft()
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            raise _Lost(f"connection lost: {error.strerror}") from None
-        return True
-
-    def finish(self, deadline: float) -> None:
-        """Send the rest, then read until the peer hangs up: closing on unread bytes would destroy what was sent."""
-        try:
-            while (left := deadline - time.monotonic()) > 0:
-                self.sock.settimeout(left)
-                if self._unsent:
-                    self.sock.sendall(self._unsent.popleft())
-                    if not self._unsent:
-                        self.sock.shutdown(socket.SHUT_WR)
-                elif not self.sock.recv(1 << 16):
-                    return
-        except OSError:
-            pass
 
 
 class Service:
@@ -147,16 +55,12 @@ class Service:
         self.server, self._token = server, handshake.check_token(token)
         self._options = server.options
         self._digest = self._options.digest(server.numel, server.samples)
-        try:
-            self._listener = socket.create_server((host, port), family=_family(host, port), backlog=128)
-        except OSError as error:
-            raise CompressionError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
-        self._listener.setblocking(False)
-        self.address: tuple[str, int] = self._listener.getsockname()[:2]
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ)
-        self._strangers: set[_Connection] = set()
-        self._workers: dict[int, _Connection] = {}
+        self._door = Door(host, port, self._options.workers, self._selector, self._close)
+        self.address = self._door.address
+        self._workers: dict[int, Connection] = {}
+        self._admissions: Counter[int] = Counter()  # by rank, of the whole run: to connect again renews nothing
+        self._lost_for: dict[int, str] = {}
         self.began: float | None = None
         self._blocking_since: dict[int, float] = {}
         self._summing_since: dict[int, float] = {}
@@ -191,33 +95,21 @@ class Service:
 
     def _poll(self) -> None:
         for key, events in self._selector.select(_TICK_S):
-            if key.fileobj is self._listener:
-                self._accept()
+            if key.data is None:
+                self._door.accept()
                 continue
-            connection: _Connection = key.data
+            connection: Connection = key.data
+            if connection.sock.fileno() < 0:
+                continue  # closed meanwhile, in this very turn
             try:
                 if events & selectors.EVENT_WRITE:
                     self._write(connection)
                 if events & selectors.EVENT_READ:
                     self._read(connection)
-            except (_Lost, MessageError, handshake.AuthenticationError) as error:
+            except (Lost, MessageError, handshake.AuthenticationError) as error:
                 self._close(connection, str(error))
 
-    def _accept(self) -> None:
-        try:
-            sock, address = self._listener.accept()
-        except OSError:
-            return
-        if len(self._strangers) >= self._options.workers + 16:
-            sock.close()
-            return
-        sock.setblocking(False)
-        configure(sock)
-        connection = _Connection(sock, f"{address[0]}:{address[1]}")
-        self._strangers.add(connection)
-        self._selector.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE, connection)
-
-    def _read(self, connection: _Connection) -> None:
+    def _read(self, connection: Connection) -> None:
         data = connection.read()
         if data is None or connection.closing:
             return
@@ -232,15 +124,19 @@ class Service:
         else:
             self._deliver(connection)
 
-    def _admit(self, connection: _Connection, data: bytes) -> None:
+    def _admit(self, connection: Connection, data: bytes) -> None:
         found, proof = handshake.answer(self._token, connection.challenge, data)
-        self._strangers.discard(connection)
         connection.queue(proof)
         refusal = None
         if found.digest != self._digest:
             refusal = "this worker runs with other options, another model or other data than the server"
         elif found.rank >= self._options.workers:
             refusal = f"rank {found.rank} where there are {self._options.workers} workers"
+        elif self._admissions[found.rank] > self._options.returns:
+            refusal = (
+                f"worker {found.rank} has come back {self._options.returns} times (returns) and is not taken in again; "
+                f"it was lost last for this reason: {self._lost_for.get(found.rank, 'unknown')}"
+            )
         if refusal:
             log.warning("refused %s: %s", connection.name, refusal)
             connection.send(messages.stop(refusal, error=True))
@@ -249,22 +145,24 @@ class Service:
             old = self._workers.get(found.rank)
             if old is not None:
                 self._replace(old)
+            self._door.admitted(connection)
+            self._admissions[found.rank] += 1
             connection.rank = found.rank
             connection.next_piece(None)
             self._workers[found.rank] = connection
             self.server.join(found.rank)
         self._watch(connection)
 
-    def _replace(self, old: _Connection) -> None:
+    def _replace(self, old: Connection) -> None:
         """Tell who is still there to stop: two of one rank would otherwise take each other's place for ever."""
         old.send(messages.stop(f"another worker of rank {old.rank} has connected", error=True))
         try:
             old.write()
-        except _Lost:
+        except Lost:
             pass
         self._close(old, "connected again")
 
-    def _deliver(self, connection: _Connection) -> None:
+    def _deliver(self, connection: Connection) -> None:
         assert connection.header is not None and connection.rank is not None
         message = connection.header.message(connection.piece)
         connection.next_piece(None)
@@ -275,13 +173,13 @@ class Service:
             self._sample_s = (now - self._summing_since.get(connection.rank, now)) / message.count
             self._summing_since[connection.rank] = now
 
-    def _write(self, connection: _Connection) -> None:
+    def _write(self, connection: Connection) -> None:
         if connection.write():
             if connection.closing:
-                raise _Lost("refused")
+                raise Lost("refused")
             self._selector.modify(connection.sock, selectors.EVENT_READ, connection)
 
-    def _watch(self, connection: _Connection) -> None:
+    def _watch(self, connection: Connection) -> None:
         self._selector.modify(connection.sock, selectors.EVENT_READ | selectors.EVENT_WRITE, connection)
 
     def _flush(self) -> None:
@@ -299,20 +197,21 @@ class Service:
                 try:
                     if not connection.write():
                         self._watch(connection)
-                except _Lost as error:
+                except Lost as error:
                     self._close(connection, str(error))
 
-    def _close(self, connection: _Connection, reason: str) -> None:
+    def _close(self, connection: Connection, reason: str) -> None:
         if connection.sock.fileno() < 0:
             return
         self._selector.unregister(connection.sock)
         connection.sock.close()
-        self._strangers.discard(connection)
+        self._door.admitted(connection)
         rank = connection.rank
         if rank is None:
             log.warning("connection from %s refused: %s", connection.address, reason)
         elif self._workers.get(rank) is connection:
             del self._workers[rank]
+            self._lost_for[rank] = reason
             self._blocking_since.pop(rank, None)
             self.server.leave(rank, reason)
 
@@ -332,8 +231,7 @@ class Service:
 
     def _drop_who_is_late(self) -> None:
         now = time.monotonic()
-        for connection in [c for c in self._strangers if now - c.since > HANDSHAKE_S]:
-            self._close(connection, "no proof of the token in time")
+        self._door.look_after(now)
         blockers = set(self.server.blockers())
         self._blocking_since = {rank: self._blocking_since.get(rank, now) for rank in blockers}
         for rank, since in list(self._blocking_since.items()):
@@ -355,11 +253,7 @@ class Service:
         deadline = time.monotonic() + _GOODBYE_S
         for connection in self._workers.values():
             connection.finish(deadline)
-        for connection in [*self._workers.values(), *self._strangers]:
+        for connection in self._workers.values():
             connection.sock.close()
-        self._listener.close()
+        self._door.shut()
         self._selector.close()
-
-
-def _family(host: str, port: int) -> socket.AddressFamily:
-    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..errors import CompressionError, ConfigError
+from ..errors import ConfigError
+from . import checkpoint as files
 from .options import Options
 from .problem import Forward, Problem, flatten, unflatten
 from .processes import Processes
@@ -119,7 +118,7 @@ class AsyncTrainer:
         save = self._save if self.checkpoint is not None else None
         server = Server(self.options, flatten_model(self.model), self.problem.samples, self._progress, save)
         if self.checkpoint is not None and self.checkpoint.exists():
-            server.load_state_dict(load_checkpoint(self.checkpoint))
+            server.load_state_dict(files.load(self.checkpoint))
         self.server = server
         return server
 
@@ -136,7 +135,7 @@ class AsyncTrainer:
 
     def _save(self, server: Server) -> None:
         assert self.checkpoint is not None
-        save_checkpoint(self.checkpoint, server)
+        files.save(self.checkpoint, server)
 
     def _run_processes(self, server: Server) -> None:
         token = secrets.token_bytes(32)
@@ -161,22 +160,6 @@ def with_defaults(options: Options, defaults: Mapping[str, Any], config: Any, ov
 def flatten_model(model: nn.Module) -> Tensor:
     """Parameters that require gradients, fp32 CPU [numel]."""
     return flatten([p for p in model.parameters() if p.requires_grad])
-
-
-def save_checkpoint(path: Path, server: Server) -> None:
-    """Whole or not at all, whatever happens meanwhile."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    torch.save(server.state_dict(), temporary)
-    os.replace(temporary, path)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Refuses anything but numbers and tensors."""
-    try:
-        return torch.load(path, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CompressionError(f"cannot read the checkpoint {path}: {reason}") from None
 
 
 def _print_row(row: Epoch) -> None:

@@ -13,6 +13,7 @@ from .algorithms import get
 from .messages import Kind, Message, MessageError
 from .options import Options
 from .problem import Problem
+from .quantizer import Diverged
 from .records import Seconds
 
 
@@ -70,7 +71,10 @@ class Worker:
                 alpha.sub_(self.problem.gradient(snapshot, batch, seed)[1])
         with self.seconds.spent("coding"):
             chosen = self.options
-            return self.algorithm.send_gradient(alpha, chosen.bits, chosen.budget, chosen.seed, ticket, self.rank)
+            try:
+                return self.algorithm.send_gradient(alpha, chosen.bits, chosen.budget, chosen.seed, ticket, self.rank)
+            except Diverged:  # the server ends the run, for all
+                return messages.not_finite(ticket)
 
     def _known(self) -> Tensor:
         if self.snapshot is None:

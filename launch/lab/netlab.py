@@ -22,7 +22,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -30,7 +31,8 @@ from pathlib import Path
 from launch.lab.jobs import Job, tool
 
 _POOL = IPv4Network("10.88.0.0/16")
-_LOCK = Path(tempfile.gettempdir()) / "compression-netlab.lock"
+#: Only root writes to /run: a lock of a known name in a folder of everybody could be somebody's link to another file.
+_LOCK = Path("/run/compression-netlab.lock")
 _BURST = "128kb"  # two of the largest segments that the kernel hands over at once; smaller and 1 Gb/s is not reached
 _serial = itertools.count()
 
@@ -66,6 +68,20 @@ def available() -> str | None:
             return None
     except NetLabError as error:
         return f"the kernel refused: {error}"
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    """No other lab of this machine is built inside. The file is never written to, nor followed where it is a link."""
+    try:
+        lock = os.open(_LOCK, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise NetLabError(f"cannot lock {_LOCK}: {error.strerror}; remove it if it is no regular file") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _free_subnet() -> IPv4Network:
@@ -113,8 +129,7 @@ class NetLab:
         self._shim = Path(tempfile.mkdtemp(prefix="netlab-"))
         self._start_reaper()
         try:
-            with open(_LOCK, "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # choosing a subnet and taking it is one action
+            with _locked():  # choosing a subnet and taking it is one action
                 subnet = _free_subnet()
                 _run(f"ip link add {self._prefix} type bridge")
                 _run(f"ip addr add {subnet[254]}/24 dev {self._prefix}")

@@ -165,3 +165,16 @@ def test_a_job_past_its_limit_is_ended() -> None:
     with pytest.raises(JobError, match="ran past its limit of 0.2 s"):
         job.wait(0.2)
     assert job._processes[0].poll() is not None
+
+
+def test_the_lock_follows_no_link_and_changes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert netlab._LOCK.parent == Path("/run"), "a folder that root alone writes to"
+    precious, lock = tmp_path / "precious", tmp_path / "lock"
+    precious.write_text("as it was")
+    lock.symlink_to(precious)
+    monkeypatch.setattr(netlab, "_LOCK", lock)
+    with pytest.raises(netlab.NetLabError, match="cannot lock"), netlab._locked():
+        pass
+    monkeypatch.setattr(netlab, "_LOCK", precious)
+    with netlab._locked():
+        assert precious.read_text() == "as it was"

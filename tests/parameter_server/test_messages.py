@@ -134,8 +134,9 @@ def test_sparse_payloads_that_contradict_themselves_are_refused() -> None:
 
 
 def test_values_that_are_not_finite_are_refused() -> None:
-    with pytest.raises(MessageError, match="diverged"):
-        messages.vector(messages.exact(Kind.GRADIENT, torch.tensor([1.0, math.inf]), 0), 2)
+    for told in (messages.exact(Kind.GRADIENT, torch.tensor([1.0, math.inf]), 0), messages.not_finite(0)):
+        with pytest.raises(quantizer.Diverged, match="the run diverged; lower lr"):
+            messages.vector(receive(told, 2), 2)
 
 
 def test_lists_and_text_round_trip() -> None:

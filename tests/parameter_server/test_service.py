@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from compression_plugins.errors import CompressionError
-from compression_plugins.parameter_server import handshake, messages, service
+from compression_plugins.parameter_server import door, handshake, messages
 from compression_plugins.parameter_server.client import run_worker
 from compression_plugins.parameter_server.options import Options
 from compression_plugins.parameter_server.server import Server
@@ -285,15 +286,70 @@ def test_strangers_are_shown_out(first: bytes, lab: Callable[..., Lab], caplog: 
 def test_strangers_who_say_nothing_are_shown_out_too(
     lab: Callable[..., Lab], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "HANDSHAKE_S", 0.3)
+    monkeypatch.setattr(door, "STRANGER_S", 0.3)
     run = lab()
     run.serve()
-    silent = [socket.create_connection(run.service.address) for _ in range(40)]
+    silent = [socket.create_connection(run.service.address) for _ in range(10)]
     run.until(lambda: "no proof of the token in time" in caplog.text)
     run.start(0, 1)
     assert run.finish().step == 40
     for sock in silent:
         sock.close()
+
+
+def test_sixty_silent_connections_keep_no_worker_out(
+    lab: Callable[..., Lab], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "STRANGER_S", 60.0)
+    run = lab()
+    run.serve()
+    silent = [socket.create_connection(run.service.address) for _ in range(60)]
+    run.start(0, 1, reconnect_s=5.0)
+    assert run.finish().step == 40
+    assert "it waited longest" in caplog.text and len(run.service._door.strangers) <= 2 + door.SPARE
+    for sock in silent:
+        sock.close()
+
+
+def test_a_server_without_file_descriptors_waits_instead_of_spinning(
+    lab: Callable[..., Lab], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = lab()
+    listener, failures = run.service._door._listener, []
+
+    class Exhausted:
+        """The listener, whose accept() fails for the first second."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(listener, name)
+
+        def accept(self) -> Any:
+            if time.monotonic() < until:
+                failures.append(1)
+                raise OSError(errno.EMFILE, "Too many open files")
+            return listener.accept()
+
+    until = time.monotonic() + 1.0
+    run.service._door._listener = Exhausted()  # type: ignore[assignment]
+    run.start(0, 1)
+    run.serve()
+    assert run.finish().step == 40
+    assert 1 <= len(failures) <= 4, "the kernel reports the waiting connection at once, again and again"
+    assert "Too many open files" in caplog.text
+
+
+def test_to_connect_again_renews_no_budget(lab: Callable[..., Lab], caplog: pytest.LogCaptureFixture) -> None:
+    run = lab(returns=3)
+    run.serve()
+    for _ in range(4):
+        with admitted(run, 1) as sock:
+            run.until(lambda: run.server.active == [1])
+            sock.sendall(b"\xff" * 24)
+            run.until(lambda: run.server.active == [])
+    with pytest.raises(CompressionError, match=r"worker 1 has come back 3 times \(returns\).*wire version 255"):
+        run_worker(Worker(1, run.options, problem()), run.service.address, TOKEN)
+    run.server.finish("enough")
+    run.finish()
 
 
 def admitted(run: Lab, rank: int) -> socket.socket:

@@ -80,7 +80,7 @@ def measure(method: str, seed: int, problem: Problem, best: float, target: float
     result.model_bits = mean(row.model_bits for row in server.history)
     shares = [row.survivors for row in server.history if row.survivors is not None]
     result.survivors = mean(shares) if shares else None
-    result.max_delay = max(server.delays)
+    result.max_delay = server.largest_delay
     return result
 
 

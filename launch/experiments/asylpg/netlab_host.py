@@ -73,7 +73,7 @@ def serve(task: Problem, options: Options, address: tuple[str, int], token: byte
         "bits": server.traffic.bits,
         "wire_bytes": server.traffic.wire_bytes,
         "interface_bytes": interface_bytes() - before,
-        "largest_delay": max(server.delays),
+        "largest_delay": server.largest_delay,
         "server": asdict(server.seconds),
     }
 
