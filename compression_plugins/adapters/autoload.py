@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 _CONFIG_VARIABLE = "COMPRESSION_PLUGINS_CONFIG"
 
 #: Host module -> (adapter whose `install()` runs right after it, does it need a configuration in the environment?).
-#: DeepSpeed jobs ask in their own config, and `horovodrun` on its command line, so those two are always prepared.
+#: DeepSpeed jobs ask in their own config, which Accelerate may read first, and `horovodrun` on its command line, so
+#: those are always prepared.
 _ADAPTERS = {
+    "accelerate.utils.dataclasses": ("compression_plugins.adapters.deepspeed.clients", False),
+    "accelerate.utils.deepspeed": ("compression_plugins.adapters.deepspeed.clients", False),
     "deepspeed.runtime.engine": ("compression_plugins.adapters.deepspeed.engine", False),
     "horovod.torch.optimizer": ("compression_plugins.adapters.horovod.optimizer", True),
     "horovod.runner.launch": ("compression_plugins.adapters.horovod.launch", False),

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from ...config import Config, read_document
 from ...errors import ConfigError, UnsupportedError, shown
 
 BLOCK = "communication_compression"
+#: Similarity (0 to 1) from which another key is the block misspelt; DeepSpeed's own keys reach 0.7.
+_CLOSE = 0.76
+_SYNONYMS = ("gradient_compression", "compression_plugins")
 
 
 def parse(block: Any) -> Config | None:
@@ -23,6 +27,11 @@ def parse(block: Any) -> Config | None:
     Raises:
         ConfigError: anything in it is unknown.
     """
+    if block is None:
+        raise ConfigError(
+            f'{BLOCK} is null: give it a scheme, as in {{"scheme": "scalecom"}}, switch it off with '
+            '{"enabled": false}, or remove it'
+        )
     if not isinstance(block, Mapping):
         raise ConfigError(
             f'{BLOCK} must be a mapping such as {{"scheme": "scalecom"}} or {{"file": "scalecom.yaml"}}, '
@@ -35,6 +44,8 @@ def parse(block: Any) -> Config | None:
     file = document.pop("file", None)
     if file is not None and not isinstance(file, str):
         raise ConfigError(f"{BLOCK}: file must be a path or the name of a scheme, not {shown(file)}")
+    if file is not None and Path(file).is_dir():
+        raise ConfigError(f"{BLOCK}: file {shown(file)} is a folder; name a YAML file, or a scheme")
     config = Config.load(document) if file is None else Config.load(file, document)
     return config if enabled else None
 
@@ -45,20 +56,24 @@ def wrap_loader(module: Any) -> None:
 
     @functools.wraps(original)
     def load_ds_config(config: Any) -> dict[str, Any]:
-        return read_document(config) if _is_yaml(config) else original(config)
+        return original(from_yaml(config))
 
     module.load_ds_config = load_ds_config
 
 
 def wrap_config(cls: Any) -> None:
     """Let `DeepSpeedConfig` read the block; the result is its attribute `communication_compression`, or None."""
+    from . import one_bit
+
     original = cls.__init__
 
     @functools.wraps(original)
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, read_document(config) if _is_yaml(config) else config, *args, **kwargs)
-        block = self._param_dict.get(BLOCK)
-        self.communication_compression = None if block is None else parse(block)
+        original(self, from_yaml(config), *args, **kwargs)
+        _refuse_near_misses(self._param_dict)
+        given = BLOCK in self._param_dict
+        block = parse(self._param_dict[BLOCK]) if given else None
+        self.communication_compression = one_bit.read(self, block, given)
         self.communication_compression_widened = False
         if self.communication_compression is None:
             return
@@ -90,6 +105,7 @@ def refuse_engine(engine: Any) -> None:
     """Raise `UnsupportedError` for what only the built engine shows."""
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
+    asked = BLOCK if BLOCK in engine._config._param_dict else f"optimizer.type {engine.optimizer_name()}"
     module, optimizer = engine.module, engine.optimizer
     sparse = [name for name, m in module.named_modules() if getattr(m, "sparse", False) and hasattr(m, "embedding_dim")]
     model_parallel = engine.mp_world_size > 1 or engine.sequence_parallel_size > 1 or engine.autotp_size() > 1
@@ -105,7 +121,7 @@ def refuse_engine(engine: Any) -> None:
             "DeepSpeed divides fp16 gradients by the loss scale at ZeRO stage 0 but does not multiply the loss by it",
             "use bf16, or ZeRO stage 1 or 2",
         ),
-    ))  # fmt: skip
+    ), asked)  # fmt: skip
 
 
 def refuse_local_steps(engine: Any, config: Config) -> None:
@@ -149,11 +165,15 @@ def refuse_direction(engine: Any, config: Config, size: int) -> None:
     ))  # fmt: skip
 
 
-def refuse(refusals: Sequence[tuple[Any, str, str]]) -> None:
-    """Raise `UnsupportedError` for the first (present, reason, remedy) that is present."""
+def refuse(refusals: Sequence[tuple[Any, str, str]], asked: str = BLOCK) -> None:
+    """Raise `UnsupportedError` for the first (present, reason, remedy) that is present.
+
+    Args:
+        asked: the part of the config that asks for compression.
+    """
     for present, reason, remedy in refusals:
         if present:
-            raise UnsupportedError(f"{BLOCK}: {reason}; {remedy}, or remove the block")
+            raise UnsupportedError(f"{asked}: {reason}; {remedy}{', or remove the block' if asked == BLOCK else ''}")
 
 
 def _refuse_config(config: Any) -> None:
@@ -174,5 +194,16 @@ def _refuse_config(config: Any) -> None:
     ))  # fmt: skip
 
 
-def _is_yaml(config: Any) -> bool:
-    return isinstance(config, (str, Path)) and str(config).lower().endswith((".yaml", ".yml"))
+def _refuse_near_misses(document: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for a key that was meant to be the block: DeepSpeed ignores top-level keys unknown to it."""
+    for key in document:
+        word = str(key).strip().lower().replace("-", "_").replace(" ", "_")
+        close = difflib.SequenceMatcher(None, word, BLOCK).ratio() >= _CLOSE
+        if key != BLOCK and (close or set(word.split("_")) == set(BLOCK.split("_")) or word in _SYNONYMS):
+            raise ConfigError(f"DeepSpeed config: unknown key {key!r}, which would be ignored; did you mean {BLOCK!r}?")
+
+
+def from_yaml(config: Any) -> Any:
+    """The mapping in it where `config` is the path of a YAML file; else `config` itself."""
+    path = isinstance(config, (str, Path)) and str(config).lower().endswith((".yaml", ".yml"))
+    return read_document(config) if path else config

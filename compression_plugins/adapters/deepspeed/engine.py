@@ -15,6 +15,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ...config import Config
+from . import one_bit
 from .config import (
     BLOCK,
     parse,
@@ -51,6 +52,7 @@ def install() -> None:
     if hasattr(package, "load_ds_config"):  # imported by name already; otherwise deepspeed/__init__.py is yet to do so
         package.load_ds_config = init_utils.load_ds_config
     wrap_config(runtime_config.DeepSpeedConfig)
+    one_bit.wrap_engine(runtime_engine.DeepSpeedEngine)
     _wrap_engine(runtime_engine.DeepSpeedEngine)
 
 
@@ -88,6 +90,7 @@ def attach(engine: Any, config: Config) -> DeepSpeedSession | None:
     from .zero import mark_zero
 
     refuse_engine(engine)
+    one_bit.check(engine)
     refuse_local_steps(engine, config)
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     refuse_direction(engine, config, size)
@@ -101,12 +104,14 @@ def attach(engine: Any, config: Config) -> DeepSpeedSession | None:
     trainable = {name: p for name, p in named if p.requires_grad}
     frozen = [name for name, p in named if not p.requires_grad]
     common = Session(_HOST, config, trainable, frozen, speaks=rank == 0)
-    common.check_optimizer(engine.basic_optimizer)
+    optimizer = one_bit.optimizer_of(engine)
+    if optimizer is None:
+        common.check_optimizer(engine.basic_optimizer)
     session = DeepSpeedSession(engine, common, engine.seq_data_parallel_group)
     if zero:
         _follow_zero(session)
     store = _get_default_store()
-    facts = {**common.facts(), **_facts(engine), "tensors": common.tensors()}
+    facts = {**common.facts(), **_facts(engine), **one_bit.facts(engine), "tensors": common.tensors()}
     handshake(store, _HOST, common.name, rank, size, facts, _ABSENT)
 
     common.preload(session.rank, session.size, sharded=zero and _sharded(engine.optimizer))
@@ -125,7 +130,8 @@ def attach(engine: Any, config: Config) -> DeepSpeedSession | None:
     seams.follow_steps(session, backend)
     seams.follow_weights(session)
     checkpoint.follow(session)
-    common.announce(_where(session, zero))
+    phases = one_bit.bind(session, optimizer) if optimizer is not None else ""
+    common.announce(_where(session, zero) + phases)
     return session
 
 

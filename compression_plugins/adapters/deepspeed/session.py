@@ -33,13 +33,14 @@ class DeepSpeedSession:
         weights: the model side of the scheme where ranks hold partitions, or None.
         deferred: whether the reductions of ZeRO run beside backward, and their results are written when it is over.
         stepping: whether the optimizer takes its step now.
+        dense_gradients: whether gradients are averaged exactly, for the optimizer compresses something else.
     """
 
     def __init__(self, engine: Any, common: Session, group: dist.ProcessGroup) -> None:
         self.engine, self.common, self.group = engine, common, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.names = {id(p): name for name, p in engine.module.named_parameters()}
-        self.deferred = self.stepping = False
+        self.deferred = self.stepping = self.dense_gradients = False
         self.weights: Gathers | None = None
         self.wire = wire_dtype(engine)
         self.plan = in_wire_dtype(common.plan, self.wire)
@@ -92,11 +93,12 @@ class DeepSpeedSession:
         if self._fillings is None:
             self._fillings = Fillings(self.plan, self.reducer, self.scale)
         try:
+            exact = self.dense_gradients
             for name in reversed(self.common.parameters):
                 if name in gradients:
-                    self._fillings.give(name, gradients[name], absent=name in absent)
+                    self._fillings.give(name, gradients[name], absent=name in absent, exact=exact)
                 else:
-                    self._fillings.give(name, self._nothing(name), absent=True)
+                    self._fillings.give(name, self._nothing(name), absent=True, exact=exact)
             self._fillings.collect()
         except BaseException:
             self.abort()
