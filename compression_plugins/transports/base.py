@@ -81,6 +81,13 @@ class Transport(ABC):
         self._count((self.size - 1) * _nbytes(x))
         return self._all_gather(x)
 
+    def all_gather_uneven(self, x: Tensor, lengths: Sequence[int]) -> Handle:
+        """Every rank's `x`, of which rank i has `lengths[i]` elements, one behind the other in rank order; every rank
+        knows all lengths.
+        """
+        self._count((self.size - 1) * _nbytes(x))
+        return self._all_gather_uneven(x, lengths)
+
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Handle:
         """`x` is cut into `send[i]` elements for rank i; the result holds `receive[i]` elements from rank i, in
         rank order. `x` is as long on every rank.
@@ -134,6 +141,9 @@ class Transport(ABC):
 
     @abstractmethod
     def _all_gather(self, x: Tensor) -> Handle: ...
+
+    def _all_gather_uneven(self, x: Tensor, lengths: Sequence[int]) -> Handle:
+        return self._all_to_all(x.repeat(self.size), [x.numel()] * self.size, lengths)
 
     @abstractmethod
     def _all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Handle: ...

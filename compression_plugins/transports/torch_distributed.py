@@ -79,6 +79,12 @@ class TorchDistributed(Transport):
         work = _all_gather(result.view(-1), x, group=self.group, async_op=True)
         return _Pending(work, result, x)
 
+    def _all_gather_uneven(self, x: Tensor, lengths: Sequence[int]) -> Handle:
+        result = x.new_empty(sum(lengths))
+        if self.size > 1 and self._is_long(result):  # as long on every rank, which `x` is not
+            return self._exchange(x, [x] * self.size, result, result.split(list(lengths)))
+        return self._deal(x.repeat(self.size), [x.numel()] * self.size, lengths, long=False)
+
     def _all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Handle:
         return self._deal(x, send, receive, self._is_long(x))
 

@@ -30,6 +30,13 @@ def check(transport: Transport, name: str = "contract") -> Generator[Handle, Any
     long = torch.full((LONG,), rank, dtype=torch.uint8)
     assert torch.equal((yield job.all_gather(long)), torch.arange(size, dtype=torch.uint8).view(-1, 1).expand(-1, LONG))
 
+    uneven = 0
+    for lengths in ([5 * r for r in range(size)], [LONG * (r == 0) + 1 for r in range(size)]):  # short and long
+        uneven += (size - 1) * lengths[rank]
+        mine = torch.full((lengths[rank],), rank, dtype=torch.uint8)
+        expected = torch.arange(size, dtype=torch.uint8).repeat_interleave(torch.tensor(lengths))
+        assert torch.equal((yield job.all_gather_uneven(mine, lengths)), expected)
+
     send = [to + 1 for to in range(size)]  # rank `to` gets to + 1 elements from everybody
     outbox = torch.cat([torch.full((n,), 10 * rank + to, dtype=torch.uint8) for to, n in enumerate(send)])
     inbox = yield job.all_to_all(outbox, send, [rank + 1] * size)
@@ -62,6 +69,7 @@ def check(transport: Transport, name: str = "contract") -> Generator[Handle, Any
     expected = (
         2 * around * (20 + 12)
         + (size - 1) * (2 + LONG)
+        + uneven
         + (sum(send) - send[rank])
         + around * 4
         + (4 + lengths[rank] if size > 1 else 0)
