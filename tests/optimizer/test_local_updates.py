@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -11,102 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from compression_plugins.config import Config
-from compression_plugins.engine.session import Session
-from compression_plugins.engine.state import reshard
-from compression_plugins.errors import ConfigError, UnsupportedError
-from compression_plugins.optimizer.local_updates import LocalUpdates, Outer
+from compression_plugins.errors import ConfigError
+from compression_plugins.optimizer.local_updates import LocalUpdates
 from compression_plugins.schemes import registry
-from compression_plugins.transports.local import LocalWorld, drive
-from tests.world import SHORT
+
+from .replicas import RANKS, Cluster, net, no_first_row, own, same
 
 TRAINING = [name for name in registry.names() if registry.get(name).trains]
-RANKS = 4
-
-
-def net(dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 3)).to(dtype)
-
-
-class Cluster:
-    """Ranks with a replica, an optimizer and a session each; `step` is one optimizer step of all."""
-
-    def __init__(
-        self,
-        scheme: str = "none",
-        ranks: int = RANKS,
-        optimizer: Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer] = lambda p: torch.optim.Adam(p, lr=0.01),
-        dtype: torch.dtype = torch.float32,
-        **settings: Any,
-    ) -> None:
-        config = Config.load({"scheme": scheme, "min_numel": 0, "every": 4, **SHORT.get(scheme, {}), **settings})
-        self.models = [net(dtype) for _ in range(ranks)]
-        self.optimizers = [optimizer(model.parameters()) for model in self.models]
-        self.sessions = [Session("test", config, dict(model.named_parameters())) for model in self.models]
-        for session, transport in zip(self.sessions, LocalWorld(ranks).transports):
-            session.make_hooks()
-            session.start(transport)
-        self.steps = 0
-
-    @property
-    def hooks(self) -> list[LocalUpdates]:
-        return [hook for session in self.sessions for hook in session.hooks if isinstance(hook, LocalUpdates)]
-
-    def gradients(self, rank: int) -> None:
-        model, session = self.models[rank], self.sessions[rank]
-        generator = torch.Generator().manual_seed(1000 * self.steps + rank)
-        dtype = next(model.parameters()).dtype
-        x = torch.randn(8, 20, generator=generator).to(dtype)
-        y = torch.randint(3, (8,), generator=generator)
-        session.before_forward()
-        self.optimizers[rank].zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        session.after_backward()
-
-    def step(
-        self,
-        edit: Callable[[nn.Module], None] | None = None,
-        at_exchange: Callable[[LocalUpdates], None] | None = None,
-    ) -> None:
-        for rank in range(len(self.models)):
-            self.gradients(rank)
-        if not self.sessions[0].reducer.local:
-            self.average_gradients()
-        due, works = self.sessions[0].reducer.round_ends, list[Any]()
-        for model, optimizer, session, hook in zip(self.models, self.optimizers, self.sessions, self.hooks):
-            if edit is not None:
-                edit(model)
-            session.after_backward()
-            optimizer.step()
-            hook.stepped()
-            if due and at_exchange is not None:
-                at_exchange(hook)
-            if due:
-                works += hook.start_exchange(optimizer)
-        if due:
-            drive(works)
-            for hook in self.hooks:
-                hook.finish_exchange()
-        for session in self.sessions:
-            session.reducer.end_step()
-        self.steps += 1
-
-    def average_gradients(self) -> None:
-        for parameters in zip(*(model.parameters() for model in self.models)):
-            mean = torch.stack([p.grad for p in parameters]).mean(0)
-            for p in parameters:
-                p.grad = mean.clone()
-
-    def weights(self, rank: int) -> list[Tensor]:
-        return [p.detach().clone() for p in self.models[rank].parameters()]
-
-
-def own(hook: LocalUpdates) -> list[Tensor]:
-    return [p.detach().clone() for p in hook._parameters.values()]
-
-
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b))
 
 
 def test_with_exact_averages_it_is_local_training_and_the_mean_of_the_weights() -> None:
@@ -201,18 +111,13 @@ def test_readers_see_the_anchor_and_training_goes_on_where_it_was() -> None:
         assert same(cluster.weights(rank), undisturbed.weights(rank))
 
 
-def _no_first_row(model: nn.Module) -> None:
-    with torch.no_grad():
-        next(model.parameters())[0].zero_()
-
-
 @pytest.mark.parametrize("scheme", ["ef_signsgd", "topk", "marsit"])
 def test_a_write_in_the_middle_of_a_round_is_kept_to_the_last_bit(scheme: str) -> None:
     cluster = Cluster(
         scheme, optimizer=lambda p: torch.optim.SGD(list(p)[1:], lr=0.1)
     )  # the first weight only drifts by writes
     for step in range(6):
-        cluster.step(edit=_no_first_row if step == 1 else None)
+        cluster.step(edit=no_first_row if step == 1 else None)
         if step == 2:
             cluster.sessions[0].before_read()
             assert not next(cluster.models[0].parameters())[0].any(), "readers see the write at once"
@@ -346,129 +251,3 @@ def test_one_message_in_so_many_steps_is_all_that_travels() -> None:
 def test_settings_that_mean_nothing_are_refused_in_one_sentence(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Config.load({"scheme": "ef_signsgd", "every": 4, **settings})
-
-
-def _mid_round(scheme: str = "ef_signsgd", **settings: Any) -> Cluster:
-    cluster = Cluster(scheme, **settings)
-    for _ in range(6):
-        cluster.step()
-    return cluster
-
-
-def test_what_a_script_writes_while_the_anchor_is_shown_stays_and_the_rest_comes_back() -> None:
-    cluster = _mid_round()
-    model, session, before = cluster.models[0], cluster.sessions[0], cluster.weights(0)
-    session.before_read()
-    _no_first_row(model)
-    session.before_forward()
-    weight = model.get_parameter("0.weight")
-    assert not weight[0].any() and torch.equal(weight[1:], before[0][1:])
-    session.before_read()
-    model.load_state_dict({name: torch.full_like(p, 3.0) for name, p in model.named_parameters()})
-    session.before_forward()
-    assert all((p == 3.0).all() for p in model.parameters())
-
-
-def test_weights_that_are_swapped_through_data_around_an_evaluation_come_back_to_the_last_bit() -> None:
-    """As averaging libraries do it: what is not noticed does no harm."""
-    cluster = _mid_round()
-    model, session, before = cluster.models[0], cluster.sessions[0], cluster.weights(0)
-    for p in model.parameters():
-        p.data.copy_(torch.full_like(p, 2.0))
-    session.before_read()
-    for p, kept in zip(model.parameters(), before):
-        p.data.copy_(kept)
-    session.before_forward()
-    assert same(cluster.weights(0), before)
-
-
-def test_an_evaluation_between_forward_and_backward_changes_no_gradient() -> None:
-    cluster = _mid_round()
-    model, session = cluster.models[0], cluster.sessions[0]
-    gradients = []
-    for reads in (False, True):
-        session.before_forward()
-        model.zero_grad()
-        loss = model(torch.ones(2, 20)).square().sum()
-        if reads:
-            session.before_read()
-        loss.backward()
-        session.after_backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    assert same(*gradients)
-
-
-def test_an_optimizer_of_some_of_the_parameters_that_steps_later_is_no_script_that_writes() -> None:
-    cluster = Cluster("ef_signsgd")
-    others = [torch.optim.SGD(model.parameters(), lr=0.01) for model in cluster.models]
-    for _ in range(4):
-        cluster.step()
-        for session, other in zip(cluster.sessions, others):
-            session.after_backward()
-            other.step()
-            session.other_stepped()
-    assert not any(hook._edited for hook in cluster.hooks)
-
-
-def test_a_script_that_writes_in_every_round_is_told_what_that_costs(caplog: pytest.LogCaptureFixture) -> None:
-    cluster = Cluster("ef_signsgd", every=2)
-    for _ in range(8):
-        cluster.step(edit=_no_first_row)
-    assert caplog.text.count("3 exchanges in a row averaged the weights without compression") == RANKS
-    assert "'0.weight'" in caplog.text
-
-
-def test_moments_travel_under_names_of_their_own() -> None:
-    """Where operations find each other by name, two of one name in flight would be one too many."""
-    cluster = Cluster("ef_signsgd", outer={"moments": "mean"})
-    for _ in range(3):
-        cluster.step()
-    seen: list[str] = []
-    for transport in (session.reducer.transport for session in cluster.sessions):
-        original = transport.scoped
-        transport.scoped = lambda name, original=original: (seen.append(name), original(name))[1]  # type: ignore[method-assign]
-    cluster.step()
-    mine = seen[: len(seen) // RANKS]
-    assert len(mine) == len(set(mine)) == 3 * len(cluster.sessions[0].plan.buckets)
-
-
-def test_scalars_and_counters_are_no_moments() -> None:
-    scale = nn.Parameter(torch.tensor(1.0))
-    optimizer = torch.optim.Adam([scale], lr=0.1)
-    scale.grad = torch.tensor(1.0)
-    optimizer.step()
-    hook = LocalUpdates(Outer(moments="mean"), {"scale": scale}, _Names(["scale"]))  # type: ignore[arg-type]
-    hook._anchors["scale"] = scale.detach().clone()
-    assert sorted(hook._moments(optimizer)) == ["exp_avg", "exp_avg_sq"]
-
-
-class _Names:
-    def __init__(self, names: list[str]) -> None:
-        self.names = lambda: names
-
-
-def test_an_optimizer_that_is_sharded_is_refused() -> None:
-    class ZeroRedundancyOptimizer(torch.optim.SGD):
-        pass
-
-    session = Cluster("ef_signsgd", ranks=1).sessions[0]
-    with pytest.raises(UnsupportedError, match="use the optimizer inside of it, or set every to 1"):
-        session.check_optimizer(ZeroRedundancyOptimizer(session.parameters.values(), lr=0.1))
-
-
-def test_on_another_number_of_ranks_training_goes_on_from_what_was_agreed_on_and_meets_exactly() -> None:
-    old = _mid_round()
-    state = reshard([session.state_dict() for session in old.sessions])
-    with old.sessions[0].exact():
-        agreed = old.weights(0)
-    new = Cluster("ef_signsgd", ranks=2)
-    for model, session in zip(new.models, new.sessions):
-        with torch.no_grad():
-            for p, kept in zip(model.parameters(), agreed):
-                p.copy_(kept)
-        session.load_state_dict({**state, "size": 2})
-    assert same(new.weights(0), agreed) and same(new.weights(1), agreed)
-    ends: list[list[Tensor]] = []
-    for _ in range(2):
-        new.step(at_exchange=lambda hook: ends.append(own(hook)))
-    torch.testing.assert_close(new.weights(0)[0], torch.stack([weights[0] for weights in ends]).mean(0))
