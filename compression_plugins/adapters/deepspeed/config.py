@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import Config, read_document
+from ...engine.notice import warn
 from ...errors import ConfigError, UnsupportedError, shown
 
 BLOCK = "communication_compression"
@@ -63,19 +64,21 @@ def wrap_loader(module: Any) -> None:
 
 def wrap_config(cls: Any) -> None:
     """Let `DeepSpeedConfig` read the block; the result is its attribute `communication_compression`, or None."""
-    from . import one_bit
+    from . import one_bit, zeropp
 
     original = cls.__init__
 
     @functools.wraps(original)
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, from_yaml(config), *args, **kwargs)
-        _refuse_near_misses(self._param_dict)
+        original(self, zeropp.translate(from_yaml(config)), *args, **kwargs)
+        refuse_near_misses(self._param_dict)
         given = BLOCK in self._param_dict
         block = parse(self._param_dict[BLOCK]) if given else None
         self.communication_compression = one_bit.read(self, block, given)
         self.communication_compression_widened = False
         if self.communication_compression is None:
+            if zeropp.concern(self) and not self.global_rank:
+                warn(zeropp.concern(self))
             return
         _refuse_config(self)
         if self.communication_data_type is None and self.grad_accum_dtype == "fp32" and self.world_size > 1:
@@ -182,7 +185,11 @@ def _refuse_config(config: Any) -> None:
     offload = zero.offload_optimizer
     refuse((
         (zero.stage == 3, "ZeRO stage 3 is not supported yet", "set zero_optimization.stage to 0, 1 or 2"),
-        (zero.zero_quantized_gradients, "ZeRO++ compresses gradients itself", "remove zero_quantized_gradients"),
+        (
+            zero.zero_quantized_gradients,
+            "ZeRO++ compresses gradients itself",
+            "remove zero_quantized_gradients (the block's own 4 bits, with a memory, are scheme ecq_sgd)",
+        ),
         (zero.zenflow, "ZenFlow reduces gradients on a path of its own", "remove zero_optimization.zenflow"),
         (getattr(offload, "super_offload", False), "SuperOffload is not supported", "set super_offload to false"),
         (config.compile_config.deepcompile, "DeepCompile calls NCCL from C++", "set compile.deepcompile to false"),
@@ -194,7 +201,7 @@ def _refuse_config(config: Any) -> None:
     ))  # fmt: skip
 
 
-def _refuse_near_misses(document: Mapping[str, Any]) -> None:
+def refuse_near_misses(document: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for a key that was meant to be the block: DeepSpeed ignores top-level keys unknown to it."""
     for key in document:
         word = str(key).strip().lower().replace("-", "_").replace(" ", "_")

@@ -57,7 +57,8 @@ def read(config: Any, block: Config | None, given: bool) -> Config | None:
         _refuse(
             name,
             f"it is not compatible with ZeRO stage {stage}, where a rank holds a part of the moments only",
-            f'set zero_optimization.stage to 0, or optimizer.type to Adam and {BLOCK} to {{"file": "transformer/safe"}}',
+            "set zero_optimization.stage to 0, or optimizer.type to Adam with "
+            f'"{BLOCK}": {{"file": "transformer/safe"}}',
         )
     if config.float16_config.enabled:
         _refuse(

@@ -12,14 +12,18 @@ deepspeed = pytest.importorskip("deepspeed")
 
 from deepspeed.comm import comm  # noqa: E402
 from deepspeed.comm.torch import Noop, TorchBackend  # noqa: E402
-from deepspeed.runtime import utils  # noqa: E402
+from deepspeed.runtime import config as runtime_config  # noqa: E402
+from deepspeed.runtime import constants, utils  # noqa: E402
 from deepspeed.runtime.base_optimizer import ZeROOptimizer  # noqa: E402
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: E402
+from deepspeed.runtime.comm import coalesced_collectives  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer  # noqa: E402
 from deepspeed.runtime.tensor_parallel import init_utils  # noqa: E402
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, IPGBucket  # noqa: E402
+
+from compression_plugins.adapters.deepspeed import config  # noqa: E402
 
 WHO = f"DeepSpeed {deepspeed.__version__} has changed a seam of compression_plugins.adapters.deepspeed: "
 
@@ -28,6 +32,8 @@ SIGNATURES = {
     TorchBackend.all_reduce: "self tensor op group async_op",
     TorchBackend.reduce: "self tensor dst op group async_op",
     TorchBackend.all_gather_into_tensor: "self output_tensor input_tensor group async_op",
+    DeepSpeedEngine._is_supported_optimizer: "self optimizer_name",
+    DeepSpeedEngine._configure_basic_optimizer: "self model_parameters",
     DeepSpeedEngine.buffered_allreduce_fallback: "self grads elements_per_buffer",
     DeepSpeedEngine._get_gradients_for_reduction: "self",
     DeepSpeedEngine._backward_prologue: "self",
@@ -135,6 +141,28 @@ def test_zero_buckets_have_the_fields_that_locate_a_slice():
     fields = set(IPGBucket.__dataclass_fields__)
     needed = {"buffer", "index", "params", "grads", "elements"}
     assert needed <= fields, f"{WHO}IPGBucket lacks {needed - fields}"
+
+
+def test_four_bit_gradients_of_zero_plus_plus_still_read_bf16_as_fp16():
+    """When this fails, look whether the quantizer knows bf16 now, and drop the warning (`zeropp.concern`)."""
+    source = inspect.getsource(unwrapped(coalesced_collectives.all_to_all_quant_reduce))
+    assert "quantizer_module.swizzle_quant(tensor, " in source, f"{WHO}gradients are cast before they are quantized"
+    binding = Path(deepspeed.__file__).parent / "ops/csrc/quantization/pt_binding.cpp"
+    assert "(__half*)input_vals.data_ptr()" in binding.read_text(), f"{WHO}the quantizer looks at the dtype now"
+
+
+def test_no_key_that_deepspeed_knows_is_taken_for_the_block():
+    source = inspect.getsource(runtime_config) + inspect.getsource(constants)
+    words = set(re.findall(r"""["']([a-z][a-z0-9_]{2,40})["']""", source)) - {config.BLOCK}
+    assert {"communication_data_type", "zero_optimization", "compression_training"} <= words
+    config.refuse_near_misses(dict.fromkeys(words))
+
+
+def test_the_optimizer_is_chosen_by_name_where_the_adapter_adds_three():
+    assert "self.optimizer_name()" in inspect.getsource(unwrapped(DeepSpeedEngine._configure_basic_optimizer))
+    source = inspect.getsource(unwrapped(DeepSpeedEngine._backward_epilogue))
+    assert re.search(r"if self\.enable_backward_allreduce and .*:\s+#.*\s+self\.allreduce_gradients\(\)", source), WHO
+    assert re.search(r"enable_backward_allreduce is False:\s+dist\.all_reduce\(overflow_gpu", inspect.getsource(utils))
 
 
 def test_the_loss_scale_is_readable():

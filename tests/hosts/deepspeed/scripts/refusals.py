@@ -16,10 +16,15 @@ from deepspeed.pipe import PipelineModule
 FOLDER = Path(sys.argv[1])
 TOPK = {"scheme": "topk", "ratio": 10}
 FP16 = {"fp16": {"enabled": True}}
+NO_BLOCK = {"no block": True}
 
 
 def zero(**options) -> dict:
     return {"zero_optimization": options}
+
+
+def one_bit(kind: str, **parameters) -> dict:
+    return {"optimizer": {"type": kind, "params": {"lr": 0.1, **parameters}}}
 
 
 def cases() -> dict[str, tuple[dict, torch.nn.Module | None]]:
@@ -53,6 +58,29 @@ def cases() -> dict[str, tuple[dict, torch.nn.Module | None]]:
             },
             None,
         ),
+        "misspelt": ({"comunication_compression": TOPK}, None),
+        "hyphens": ({"communication-compression": TOPK}, None),
+        "null": ({"communication_compression": None}, None),
+        "a folder": ({"communication_compression": {"file": str(FOLDER)}}, None),
+        "no exemption matches": ({"communication_compression": {**TOPK, "exempt": ["x*"]}}, None),
+        "loco and a block": (zero(stage=2, zeropp_loco_param={"err_beta": 0.8}), None),
+        "loco misspelt": ({**zero(stage=2, zeropp_loco_param={"err_bet": 0.8}), **NO_BLOCK}, None),
+        "one bit with ZeRO": ({**one_bit("OneBitAdam"), **zero(stage=1), **NO_BLOCK}, None),
+        "one bit in fp16": ({**one_bit("OneBitLamb"), **FP16, **NO_BLOCK}, None),
+        "one bit misspelt": ({**one_bit("onebitadam", freezestep=3), **NO_BLOCK}, None),
+        "one bit and warm-up": (
+            {**one_bit("OneBitAdam"), "communication_compression": {**TOPK, "warmup_steps": 9}},
+            None,
+        ),
+        "one bit switched off": (
+            {**one_bit("ZeroOneAdam"), "communication_compression": {**TOPK, "enabled": False}},
+            None,
+        ),
+        "one bit from the script": ({**one_bit("ZeroOneAdam"), "client": True}, None),
+        "one bit pipeline": (
+            {**one_bit("OneBitAdam"), **NO_BLOCK},
+            PipelineModule(layers=[torch.nn.Linear(32, 32)], num_stages=1, loss_fn=torch.nn.MSELoss()),
+        ),
         "no rule matches": (
             {"communication_compression": {**TOPK, "rules": [{"match": "x*", "scheme": "none"}]}},
             None,
@@ -60,6 +88,9 @@ def cases() -> dict[str, tuple[dict, torch.nn.Module | None]]:
         "another ratio": ({"communication_compression": {**TOPK, "ratio": 10 + rank}}, None),
         "another model": ({}, torch.nn.Linear(32, 32 + rank)),
         "other buffers": (zero(stage=2, reduce_bucket_size=10_000 + rank), None),
+        "other freeze": (one_bit("OneBitAdam", freeze_step=10 + rank), None),
+        "other reduction": (zero(stage=2, contiguous_gradients=bool(rank)), None),
+        "other wire": ({"communication_data_type": ("bf16", "fp16")[rank]}, None),
         "other clipping": ({"gradient_clipping": 0.5 * rank}, None),
     }
 
@@ -74,8 +105,13 @@ def error_of(config: dict, model: torch.nn.Module | None) -> str:
         "communication_compression": TOPK,
         **config,
     }
+    if config.pop("no block", False):
+        del config["communication_compression"]
+    client = torch.optim.SGD(model.parameters(), lr=0.1) if config.pop("client", False) else None
     try:
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=client, model_parameters=model.parameters(), config=config
+        )
         engine.backward(engine(torch.ones(4, 64)).mean())
     except Exception as error:
         return f"{type(error).__name__}: {error}"
