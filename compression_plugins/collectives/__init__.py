@@ -4,7 +4,7 @@ many.
 
 from .dense import dense_mean
 from .fold import ring_fold
-from .half_mean import half_mean, half_mean_bits
+from .half_mean import half_mean, half_mean_bits, half_scatter
 from .payloads import (
     ALWAYS_TWO_STAGE,
     GATHER,
@@ -32,6 +32,7 @@ __all__ = [
     "gather_shards",
     "half_mean",
     "half_mean_bits",
+    "half_scatter",
     "in_one_round",
     "mix",
     "ring_fold",

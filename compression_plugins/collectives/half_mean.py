@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -34,11 +34,8 @@ def half_mean(call: Call, values: Tensor, kind: Half) -> Program[tuple[Tensor, T
         (values - lost) is the mean: with `lost` added to its residual, a memory still remembers all that was not sent.
         What the owner lost in rounding the mean counts n-fold in its own `lost`.
     """
-    codec, size, rank = Cast(kind), call.transport.size, call.transport.rank
-    limit = torch.finfo(torch.float16 if kind == "fp16" else torch.bfloat16).max
-    sendable = values.clamp(-limit, limit)
-    lost = values.sub_(sendable).nan_to_num_(0.0)
-    law = Memory(alpha=0.0)
+    codec, size, rank, law = Cast(kind), call.transport.size, call.transport.rank, Memory(alpha=0.0)
+    sendable, lost = _sendable(values, kind)
     outward = replace(call, state=_Loss(lost))
     if size <= 2:
         return (yield from gather_mean(codec, law, outward, sendable)), lost
@@ -53,6 +50,25 @@ def half_mean(call: Call, values: Tensor, kind: Half) -> Program[tuple[Tensor, T
         lost.split(shards)[rank].add_(rounding, alpha=size)
     outbox = yield call.transport.all_gather(slot)
     return decode_shards(codec, outbox, shards, mean), lost
+
+
+def half_scatter(call: Call, values: Tensor, shards: Sequence[int], kind: Half) -> Program[tuple[Tensor, Tensor]]:
+    """The same where a rank needs the mean of its own shard only: one rounding.
+
+    Returns:
+        (mean fp32 [shards[rank]]; lost fp32 [k], this rank's own).
+    """
+    sendable, lost = _sendable(values, kind)
+    outward = replace(call, state=_Loss(lost), shards=shards)
+    mean = yield from scatter_mean(Cast(kind), Memory(alpha=0.0), outward, sendable)
+    return mean.split(list(shards))[call.transport.rank], lost
+
+
+def _sendable(values: Tensor, kind: Half) -> tuple[Tensor, Tensor]:
+    """`values` (overwritten) within the range of the format, and what lies beyond it."""
+    limit = torch.finfo(torch.float16 if kind == "fp16" else torch.bfloat16).max
+    sendable = values.clamp(-limit, limit)
+    return sendable, values.sub_(sendable).nan_to_num_(0.0)
 
 
 class _Loss:

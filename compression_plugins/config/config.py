@@ -7,6 +7,7 @@ direction: momentum     # what travels; a word, or {kind: momentum, momentum: 0.
 rules:                  # first match wins
   - {match: "embed*", scheme: qsgd, bits: 4}
   - {match: "head.weight", ratio: 25}
+parameters: {scheme: patch}   # how weights travel, where they do (ZeRO)
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..optimizer.directions import GRADIENT, KINDS, Direction
 from ..schemes import registry
 from ..schemes.base import Scheme
 from .document import parse_json, read_document
+from .parameters import read_parameters
 
 #: Carries a configuration, as JSON, from a launcher to its workers.
 ENVIRONMENT_VARIABLE = "COMPRESSION_PLUGINS_CONFIG"
@@ -82,6 +84,7 @@ class Config(Settings):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
     scheme: Scheme
     rules: tuple[Rule, ...] = ()
+    parameters: Scheme | None = None
 
     @classmethod
     def load(
@@ -106,14 +109,15 @@ class Config(Settings):
         """
         document, where = _read(source)
         if overrides and overrides.get("scheme", document.get("scheme")) != document.get("scheme"):
-            document = {k: v for k, v in document.items() if k in Settings.model_fields}
+            document = {k: v for k, v in document.items() if k in {*Settings.model_fields, "parameters"}}
         return _build({**document, **(overrides or {})}, where)
 
     def to_dict(self) -> dict[str, Any]:
         """The whole configuration as JSON-able values; `Config.load` of it gives an equal object."""
         general = self.model_dump(mode="json", include=set(Settings.model_fields))
         rules = [{"match": r.match, **_scheme_dict(r.scheme)} for r in self.rules]
-        return {**_scheme_dict(self.scheme), **general, "rules": rules}
+        parameters = {"parameters": _scheme_dict(self.parameters)} if self.parameters else {}
+        return {**_scheme_dict(self.scheme), **general, "rules": rules, **parameters}
 
     @property
     def suits_adam(self) -> bool:
@@ -185,8 +189,8 @@ def _build(document: dict[str, Any], where: str) -> Config:
     if "scheme" not in document:
         raise ConfigError(f"{where}: the key 'scheme' is missing; valid: {', '.join(registry.names())}")
     general = {k: document[k] for k in Settings.model_fields if k in document}
-    own = {k: v for k, v in document.items() if k not in {*Settings.model_fields, "scheme", "rules"}}
-    scheme = _scheme(document["scheme"], own, where, others={*Settings.model_fields, "rules"})
+    own = {k: v for k, v in document.items() if k not in {*Settings.model_fields, "scheme", "rules", "parameters"}}
+    scheme = _scheme(document["scheme"], own, where, others={*Settings.model_fields, "rules", "parameters"})
     rules = document.get("rules") or []
     if not isinstance(rules, list):
         raise ConfigError(f"{where}: rules must be a list, not {type(rules).__name__}")
@@ -202,7 +206,8 @@ def _build(document: dict[str, Any], where: str) -> Config:
         _check_rounds(settings)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    return Config.model_construct(**dict(settings), scheme=scheme, rules=built)
+    parameters = read_parameters(document.get("parameters"), where)
+    return Config.model_construct(**dict(settings), scheme=scheme, rules=built, parameters=parameters)
 
 
 def _check_rounds(settings: Settings) -> None:

@@ -55,7 +55,7 @@ class Bucket:
     """Tensors that are compressed and sent as one flat vector, in the order of `segments`.
 
     The vector is fp32 where a scheme compresses or a `direction` is formed, and of the tensors' own `dtype` otherwise.
-    With `sharded` each rank gets the average of its own shard only.
+    With `sharded` each rank gets the average of its own shard only; with `host_scatters` it would without compression.
     """
 
     scheme: Scheme
@@ -64,6 +64,7 @@ class Bucket:
     dtype: str = "float32"
     role: Role = "gradient"
     sharded: bool = False
+    host_scatters: bool = False
     direction: Direction = GRADIENT
 
     @cached_property
@@ -91,7 +92,8 @@ class Bucket:
 
     def dense_bytes(self, size: int) -> float:
         """The same for a dense ring in the tensors' own dtype."""
-        return 2 * self.numel * _BYTES.get(self.dtype, 4) * (size - 1) / size
+        rounds = 1 if self.host_scatters else 2
+        return rounds * self.numel * _BYTES.get(self.dtype, 4) * (size - 1) / size
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Plan:
         """
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
-            groups.setdefault((_describe(row.scheme), row.reason), []).append(row)
+            groups.setdefault((describe(row.scheme), row.reason), []).append(row)
         exchange = sum(bucket.wire_bytes(size) for bucket in self.buckets)
         sent = exchange / every
         rounds = f" ({exchange / 1e6:.3f} MB of weights every {every} steps)" if every > 1 else ""
@@ -180,12 +182,29 @@ def _choose(config: Config, spec: TensorSpec) -> Row:
             return Row(spec.name, spec.numel, rule.scheme, reason)
     if config.scheme.host_dense:
         return Row(spec.name, spec.numel, config.scheme)
+    reason = _why_dense(config, spec)
+    return Row(spec.name, spec.numel, NoCompression() if reason else config.scheme, reason)
+
+
+def weights_row(config: Config, spec: TensorSpec) -> Row:
+    """The decision for a tensor whose values travel, not its gradient (`parameters`): rules do not count, exemptions
+    do, except where nothing is lost.
+    """
+    assert config.parameters is not None
+    reason = "" if config.parameters.lossless else _why_dense(config, spec)
+    if not reason and spec.dtype not in _COMPRESSED:
+        reason = f"{spec.dtype} is wider than what is compressed"
+    return Row(spec.name, spec.numel, NoCompression() if reason else config.parameters, reason)
+
+
+def _why_dense(config: Config, spec: TensorSpec) -> str:
+    """Why a tensor without a rule travels as it is; "" where it does not."""
     reason = next((f"exempt {pattern!r}" for pattern in config.exempt if fnmatchcase(spec.name, pattern)), "")
     if not reason and spec.numel < config.min_numel:
         reason = f"below min_numel {config.min_numel}"
     if not reason and len(spec.shape) < 2:
         reason = "fewer than 2 dimensions"
-    return Row(spec.name, spec.numel, NoCompression() if reason else config.scheme, reason)
+    return reason
 
 
 def bucket_numel(config: Config, specs: Sequence[TensorSpec]) -> int:
@@ -204,7 +223,7 @@ def _pack(config: Config, specs: Sequence[TensorSpec], rows: Sequence[Row]) -> t
     open_: dict[tuple[str, str, str], list[Segment]] = {}
     schemes: dict[tuple[str, str, str], Scheme] = {}
     for spec, row in reversed(list(zip(specs, rows))):
-        key = (_describe(row.scheme), spec.device, spec.dtype)
+        key = (describe(row.scheme), spec.device, spec.dtype)
         segments = open_.get(key, [])
         if segments and total(segments) + spec.numel > limit:
             done.append(Bucket(schemes[key], tuple(segments), *key[1:], direction=config.direction))
@@ -221,7 +240,8 @@ def _pack(config: Config, specs: Sequence[TensorSpec], rows: Sequence[Row]) -> t
     return tuple(sorted(done, key=lambda bucket: -min(order[s.name] for s in bucket.segments)))
 
 
-def _describe(scheme: Scheme) -> str:
+def describe(scheme: Scheme) -> str:
+    """A scheme and its parameters, for people."""
     parameters = ", ".join(f"{k}={v}" for k, v in scheme.model_dump().items())
     name = f"{scheme.name}({parameters})" if parameters else scheme.name
     return name if scheme.trains else f"{name}, for timing only (the model does not train)"

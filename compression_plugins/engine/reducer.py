@@ -143,7 +143,7 @@ class Reducer:
                 f"direction: {bucket.direction.kind} needs the whole average on every rank, not a shard of it: use "
                 "direction: gradient, or an all-reduce"
             )
-        self._dense += flat.numel() * flat.element_size()
+        self._dense += flat.numel() * flat.element_size() // (2 if bucket.host_scatters else 1)
         return self.engine.run(self._program(bucket, flat, shards, absent, exact, around))
 
     def reduce(self, bucket: Bucket, flat: Tensor, shards: Sequence[int] | None = None) -> Tensor:

@@ -68,9 +68,10 @@ class Session:
         frozen: names of parameters that have no gradient yet; patterns may match them.
         speaks: whether this rank is the one that prints.
         group: tells the ranks that take part from other groups of ranks in the same job.
+        gathers: whether weights travel from owners to all ranks, which `parameters` is about.
 
     Raises:
-        UnsupportedError: a parameter cannot be reduced.
+        UnsupportedError: a parameter cannot be reduced, or `parameters` is set and weights do not travel.
 
     Attributes:
         name: unique in the process and the same on every rank, for sessions are first used in one order everywhere;
@@ -79,6 +80,7 @@ class Session:
         plan: which tensor travels how.
         hooks: what happens around the optimizer's step.
         reductions: of each bucket within one step.
+        beside: bytes that a dense job would send per step and rank beside gradients, where that is compressed, too.
     """
 
     def __init__(
@@ -89,7 +91,13 @@ class Session:
         frozen: Sequence[str] = (),
         speaks: bool = True,
         group: str = "all",
+        gathers: bool = False,
     ) -> None:
+        if config.parameters is not None and not gathers:
+            raise UnsupportedError(
+                f"{host} compression: parameters: {config.parameters.name} is about weights that travel from owners to "
+                "all ranks, as under ZeRO 1 to 3, and here none do: remove the key"
+            )
         self._group = group
         self.host, self.config, self.parameters = host, config, dict(parameters)
         for name, p in self.parameters.items():
@@ -106,7 +114,7 @@ class Session:
         self._local_updates: LocalUpdates | None = None
         self._finished = -1  # the step at which a last round was exchanged
         self._makes_hooks = False
-        self.reductions = 1
+        self.reductions, self.beside = 1, 0.0
         self._speaks, self._warned = speaks, False
         self._reducer: Reducer | None = None
         self._telemetry: Telemetry | None = None
@@ -276,7 +284,7 @@ class Session:
                 hook.after_step(reducer.step, optimizer)
         reducer.end_step(skipped)
         self._tally.steps += 1
-        self._tally.dense += dense * self.reductions
+        self._tally.dense += dense * self.reductions + self.beside
         self._book()
 
     def _book(self) -> None:

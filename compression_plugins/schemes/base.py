@@ -41,6 +41,7 @@ class Scheme(BaseModel):
         sums_only: every collective is an all-reduce, so ranks that have left (`hvd.join`) may add zeros.
         host_dense: nothing is compressed; a host keeps its own path, and tensors their own dtype.
         trains: False for what only measures time.
+        lossless: weights, where they travel, end as the very bits of their owner; changes travel as patches.
         suits_adam: False where gradients sent by it in each step do not reach the loss of dense training under Adam
             (docs/benchmarks/parity.md); a session says so.
     """
@@ -52,6 +53,7 @@ class Scheme(BaseModel):
     sums_only: ClassVar[bool] = False
     host_dense: ClassVar[bool] = False
     trains: ClassVar[bool] = True
+    lossless: ClassVar[bool] = False
     suits_adam: ClassVar[bool] = True
 
     @property

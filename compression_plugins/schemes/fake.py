@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
+from .._lazy import torch
 from ..core.call import Call, Reduction, Segment, total
-from .base import Scheme
+from .base import Operation, Scheme
 from .registry import register
 
 if TYPE_CHECKING:
@@ -37,5 +38,22 @@ class Fake(Scheme):
         x[count:] = 0
         return x
 
+    @property
+    def operations(self) -> frozenset[Operation]:
+        return frozenset(("mean", "scatter_mean"))
+
+    def scatter_mean(self, x: Tensor, call: Call) -> Reduction:
+        shards = list(call.shards or ())
+        counts = [-(-n // self.ratio) for n in shards]
+        parts = x.split(shards)
+        mine = parts[call.transport.rank]
+        first = torch.cat([part[:count] for part, count in zip(parts, counts)])
+        sums = yield call.transport.reduce_scatter(first, counts)
+        mine.zero_()[: len(sums)] = sums.div_(call.transport.size)
+        return x
+
     def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
         return 64 * -(-total(segments) // self.ratio) * (size - 1) / size
+
+    def scatter_bits(self, segments: Sequence[Segment], size: int) -> float:
+        return self.wire_bits(segments, size) / 2

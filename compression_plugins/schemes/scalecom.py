@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -11,10 +11,10 @@ from .. import triton_kernels as K
 from .._lazy import torch
 from ..codecs.chunks import chunk_add, chunk_scatter, place_bits
 from ..codecs.largest import largest
-from ..collectives import dense_mean, half_mean, half_mean_bits, shared_index
+from ..collectives import dense_mean, half_mean, half_mean_bits, half_scatter, shared_index
 from ..core.call import Call, Reduction, Segment, total
 from ..core.memory import Memory, Vector, finite
-from .base import Scheme
+from .base import Operation, Scheme
 from .registry import register
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ class ScaleCom(Scheme):
     Wire: places from the leader, ceil(log2 ratio) bits per chunk (at least 1; `exact`: 32 bits per value), then an
     all-reduce of the kept values. `values: fp16` and `bf16` halve the latter: ranks still add in fp32, and what the
     rounding takes away goes to the residual (`half_mean`), so `sent` above is the rounded value.
+
+    In a reduce-scatter chunks begin anew with each shard, and the kept values go to the owners of their shards only.
     """
 
     name: ClassVar[str] = "scalecom"
@@ -47,10 +49,34 @@ class ScaleCom(Scheme):
     def memory(self) -> Memory | None:
         return Memory(alpha=self.beta)
 
-    def mean(self, x: Tensor, call: Call) -> Reduction:
+    @property
+    def operations(self) -> frozenset[Operation]:
+        return frozenset(("mean", "scatter_mean"))
+
+    def scatter_mean(self, x: Tensor, call: Call) -> Reduction:
+        shards, transport = list(call.shards or ()), call.transport
+        selector = _Shards([self._choice(part, vector) for part, vector in _cut(x, call.residual(), shards)])
+        leader = call.clock.round % transport.size
+        places, values = yield from shared_index(
+            transport, leader, selector.select, selector.gather, selector.placeholder
+        )
+        kept = [-(-n // self.ratio) for n in shards]
+        if self.values == "fp32":
+            mean = (yield transport.reduce_scatter(values, kept)).div_(transport.size)
+        else:
+            mean, lost = yield from half_scatter(call, values, kept, self.values)
+            selector.remember(places, lost)
+        if shards[transport.rank]:
+            selector.scatter(places, mean, sum(1 for n in shards[: transport.rank] if n))
+        return x
+
+    def _choice(self, x: Tensor, residual: Vector) -> _Chunks | _Exact:
         choice = _Chunks if self.selection == "chunk" else _Exact
+        return choice(x, self.ratio, Memory(alpha=self.beta), residual)
+
+    def mean(self, x: Tensor, call: Call) -> Reduction:
         leader = call.clock.round % call.transport.size
-        selector = choice(x, self.ratio, Memory(alpha=self.beta), call.residual())
+        selector = self._choice(x, call.residual())
         places, values = yield from shared_index(
             call.transport,
             leader,
@@ -66,11 +92,26 @@ class ScaleCom(Scheme):
         return selector.scatter(places, mean)
 
     def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
-        kept = -(-total(segments) // self.ratio)
-        index_bits = 32 * -(-kept * place_bits(self.ratio) // 32) if self.selection == "chunk" else 32 * kept
-        around = (size - 1) / size
+        kept, around = -(-total(segments) // self.ratio), (size - 1) / size
         values = 64 * kept * around if self.values == "fp32" else half_mean_bits(kept, size, self.values)
-        return index_bits * around + values
+        return self._index_bits(kept) * around + values
+
+    def scatter_bits(self, segments: Sequence[Segment], size: int) -> float:
+        kept = -(-total(segments) // self.ratio)
+        value_bits = 32 if self.values == "fp32" else 16
+        return (self._index_bits(kept) + value_bits * kept) * (size - 1) / size
+
+    def _index_bits(self, kept: int) -> int:
+        return 32 * -(-kept * place_bits(self.ratio) // 32) if self.selection == "chunk" else 32 * kept
+
+
+def _cut(x: Tensor, residual: Vector, shards: Sequence[int]) -> Iterator[tuple[Tensor, Vector]]:
+    """The shards that are not empty, of `x` and of `residual`."""
+    start = 0
+    for part in x.split(list(shards)):
+        if part.numel():
+            yield part, residual.part(start, start + part.numel())
+        start += part.numel()
 
 
 class _Chunks:
@@ -131,3 +172,34 @@ class _Exact:
 
     def _checked(self, payload: Tensor) -> Tensor:
         return payload.view(torch.int32).long().clamp_(0, max(0, self.x.numel() - 1))
+
+
+class _Shards:
+    """A choice for each shard, as one."""
+
+    def __init__(self, choices: list[_Chunks | _Exact]) -> None:
+        self._choices = choices
+        self._lengths = [choice.placeholder().numel() for choice in choices]
+
+    def select(self) -> tuple[Tensor, Tensor]:
+        chosen = [choice.select() for choice in self._choices]
+        return torch.cat([places for places, _ in chosen]), torch.cat([values for _, values in chosen])
+
+    def gather(self, payload: Tensor) -> Tensor:
+        return torch.cat([choice.gather(part) for choice, part in self._with(payload)])
+
+    def placeholder(self) -> Tensor:
+        return torch.cat([choice.placeholder() for choice in self._choices])
+
+    def remember(self, payload: Tensor, lost: Tensor) -> None:
+        parts = lost.split([choice.kept for choice in self._choices])
+        for (choice, places), part in zip(self._with(payload), parts):
+            choice.remember(places, part)
+
+    def scatter(self, payload: Tensor, values: Tensor, number: int) -> Tensor:
+        """In the shard of that number."""
+        choice, places = self._with(payload)[number]
+        return choice.scatter(places, values)
+
+    def _with(self, payload: Tensor) -> list[tuple[_Chunks | _Exact, Tensor]]:
+        return list(zip(self._choices, payload.split(self._lengths)))

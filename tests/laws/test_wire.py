@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -32,6 +34,22 @@ def test_the_formula_of_the_wire_is_what_one_rank_is_traced_to_send(name: str, v
         assert traced_bits(scheme.mean, segments, size) == pytest.approx(scheme.wire_bits(segments, size), rel=1e-9), (
             shapes
         )
+
+
+@pytest.mark.parametrize(("name", "variant"), CASES)
+def test_a_reduce_scatter_sends_what_its_formula_says(name: str, variant: dict) -> None:
+    """But for what is rounded up, or said once, in each shard."""
+    cfg, size = config(name, **variant), 3
+    if "scatter_mean" not in cfg.scheme.operations:
+        pytest.skip("what each rank remembers is relative to the whole average")
+    reducers = [Reducer(cfg, transport) for transport in LocalWorld(size).transports]
+    (bucket,) = make_plan(cfg, [TensorSpec("w", (60 * size, 64), "float32")]).buckets
+    bucket = replace(bucket, sharded=True)
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(bucket.numel, generator=generator) for _ in range(size)]
+    drive([reducer.start(bucket, x, [60 * 64] * size) for reducer, x in zip(reducers, gradients)])
+    counted = sum(reducer.transport.sent for reducer in reducers) / size
+    assert counted == pytest.approx(bucket.wire_bytes(size), rel=0.02)
 
 
 def test_an_empty_bucket_sends_nothing() -> None:

@@ -111,12 +111,21 @@ def refuse_engine(engine: Any) -> None:
     asked = BLOCK if BLOCK in engine._config._param_dict else f"optimizer.type {engine.optimizer_name()}"
     module, optimizer = engine.module, engine.optimizer
     sparse = [name for name, m in module.named_modules() if getattr(m, "sparse", False) and hasattr(m, "embedding_dim")]
-    model_parallel = engine.mp_world_size > 1 or engine.sequence_parallel_size > 1 or engine.autotp_size() > 1
+    tensor_parallel = engine.mp_world_size > 1 or engine.autotp_size() > 1
     scaled = engine.fp16_enabled() and not isinstance(optimizer, ZeROOptimizer)
     refuse((
         (engine.pipeline_parallelism, "the pipeline engine is not supported yet", "pass a plain module instead"),
-        (engine.has_moe_layers, "mixture-of-experts layers are not supported yet", "train without DeepSpeed MoE"),
-        (model_parallel, "tensor and sequence parallelism are not supported yet", "use data parallelism only"),
+        (
+            engine.has_moe_layers,
+            "mixture-of-experts layers, whose expert parallel groups reduce by themselves, are not supported yet",
+            "train without DeepSpeed MoE",
+        ),
+        (tensor_parallel, "tensor parallel groups are not supported yet", "use data parallelism only"),
+        (
+            engine.sequence_parallel_size > 1,
+            "sequence parallel groups are not supported yet",
+            "use data parallelism only",
+        ),
         (sparse, f"{', '.join(sparse)} makes sparse gradients", "build the embedding with sparse=False"),
         (optimizer is None, "there is no optimizer, so nothing is reduced", "give deepspeed.initialize an optimizer"),
         (
@@ -184,7 +193,16 @@ def _refuse_config(config: Any) -> None:
     zero = config.zero_config
     offload = zero.offload_optimizer
     refuse((
-        (zero.stage == 3, "ZeRO stage 3 is not supported yet", "set zero_optimization.stage to 0, 1 or 2"),
+        (
+            zero.stage == 3 and zero.zero_hpz_partition_size > 1,
+            "hpZ (zero_hpz_partition_size) fetches parameters from a second copy inside a node",
+            "set zero_optimization.zero_hpz_partition_size to 1",
+        ),
+        (
+            zero.zero_quantized_weights or zero.zero_quantized_nontrainable_weights,
+            "ZeRO++ quantizes weights itself",
+            "remove zero_quantized_weights; parameters: {scheme: qsgd, bits: 8} in the block does the like",
+        ),
         (
             zero.zero_quantized_gradients,
             "ZeRO++ compresses gradients itself",

@@ -28,6 +28,7 @@ from .config import (
 )
 
 if TYPE_CHECKING:
+    from ...schemes.base import Scheme
     from .session import DeepSpeedSession
 
 __all__ = ["BLOCK", "attach", "install", "parse"]
@@ -85,9 +86,11 @@ def attach(engine: Any, config: Config) -> DeepSpeedSession | None:
     from ..shared.store_handshake import handshake, meet
     from . import checkpoint, seams
     from .backend import CompressedBackend
+    from .fetches import compressed_fetches
     from .session import DeepSpeedSession
     from .weights import gathered_weights
     from .zero import mark_zero
+    from .zero3 import follow_zero3, stand_in
 
     refuse_engine(engine)
     one_bit.check(engine)
@@ -97,52 +100,69 @@ def attach(engine: Any, config: Config) -> DeepSpeedSession | None:
     if size == 1:
         announce(f"{_HOST}: one rank sends nothing, so nothing is compressed")
         return None
-    zero = engine.zero_optimization() and hasattr(engine.optimizer, "ipg_buckets")
-    _check_seams(engine, zero)
+    partitioned, zero3 = engine.zero_optimization(), engine.zero_optimization_partition_weights()
+    zero = partitioned and not zero3 and hasattr(engine.optimizer, "ipg_buckets")
+    _check_seams(engine, zero, zero3)
 
-    named = [(name, p) for name, p in engine.module.named_parameters() if p.numel()]
-    trainable = {name: p for name, p in named if p.requires_grad}
+    named = [(name, p) for name, p in engine.module.named_parameters() if getattr(p, "ds_numel", p.numel())]
+    trainable = {name: stand_in(p) if zero3 else p for name, p in named if p.requires_grad}
     frozen = [name for name, p in named if not p.requires_grad]
-    common = Session(_HOST, config, trainable, frozen, speaks=rank == 0)
+    common = Session(_HOST, config, trainable, frozen, speaks=rank == 0, gathers=partitioned)
     optimizer = one_bit.optimizer_of(engine)
     if optimizer is None:
         common.check_optimizer(engine.basic_optimizer)
     session = DeepSpeedSession(engine, common, engine.seq_data_parallel_group)
-    if zero:
+    if zero or zero3:
         _follow_zero(session)
     store = _get_default_store()
     facts = {**common.facts(), **_facts(engine), **one_bit.facts(engine), "tensors": common.tensors()}
     handshake(store, _HOST, common.name, rank, size, facts, _ABSENT)
 
-    common.preload(session.rank, session.size, sharded=zero and _sharded(engine.optimizer))
+    common.preload(session.rank, session.size, sharded=zero3 or (zero and _sharded(engine.optimizer)))
     backend = comm.cdb = CompressedBackend.adopt(comm.cdb)
-    partitioned = engine.zero_optimization()
     session.start(hooks=not partitioned)
     meetings = iter(range(sys.maxsize))
-    session.weights = partitioned and gathered_weights(
+    weights = gathered_weights(
         session,
         backend,
         lambda: meet(store, _HOST, f"{common.name}/exact/{next(meetings)}", rank, size, _ALONE),
-    ) or None  # fmt: skip
-    if session.weights is not None:
-        common.hooks = [session.weights]
-    mark_zero(session, backend) if zero else seams.replace_reduction(session)
+    ) if partitioned and not zero3 else None  # fmt: skip
+    if weights is not None:
+        session.weights, common.hooks, common.beside = weights, [weights], weights.dense_bytes
+    if zero3:
+        session.fetches = compressed_fetches(session)
+        follow_zero3(session)
+    elif zero:
+        mark_zero(session, backend)
+    else:
+        seams.replace_reduction(session)
     seams.follow_steps(session, backend)
     seams.follow_weights(session)
     checkpoint.follow(session)
     phases = one_bit.bind(session, optimizer) if optimizer is not None else ""
-    common.announce(_where(session, zero) + phases)
+    common.announce(_where(session) + phases)
+    whole = _wholly_averaged(session) if partitioned and rank == 0 else []
+    if whole:
+        announce(
+            f"{_HOST}: {' and '.join(whole)}: every rank receives all of the average and keeps its part, 1/{size} of "
+            "it; a reduce-scatter to the owners is not to be had"
+        )
+    if config.parameters is not None and rank == 0:
+        announce(_of_weights(session, config.parameters))
     return session
 
 
-def _check_seams(engine: Any, zero: bool) -> None:
+def _check_seams(engine: Any, zero: bool, zero3: bool) -> None:
     import deepspeed
 
     from . import seams
+    from .zero3 import ZERO3_SEAMS
 
     seams.check(engine, seams.ENGINE_SEAMS, deepspeed.__version__)
     if zero:
         seams.check(engine.optimizer, seams.ZERO_SEAMS, deepspeed.__version__)
+    if zero3:
+        seams.check(engine.optimizer, ZERO3_SEAMS, deepspeed.__version__)
 
 
 def _facts(engine: Any) -> dict[str, Any]:
@@ -164,6 +184,10 @@ def _facts(engine: Any) -> dict[str, Any]:
                     "reduce_scatter",
                     "round_robin_gradients",
                     "use_multi_rank_bucket_allreduce",
+                    "param_persistence_threshold",
+                    "prefetch_bucket_size",
+                    "max_live_parameters",
+                    "max_reuse_distance",
                 )
             },
         },
@@ -181,16 +205,24 @@ def _follow_zero(session: DeepSpeedSession) -> None:
     from .routes import as_host_fills
     from .zero import accumulates_in_fp32
 
-    optimizer, common = session.engine.optimizer, session.common
+    optimizer, common, zero3 = session.engine.optimizer, session.common, session.partitions
     limit = min(int(optimizer.reduce_bucket_size), bucket_numel(common.config, common.specs(common.parameters)))
     optimizer.reduce_bucket_size = limit
-    hooked = optimizer.partition_gradients or optimizer.overlap_comm
-    names = [session.names[id(p)] for group in optimizer.bit16_groups for p in group if p.numel()]
+    every_micro_batch = zero3 or optimizer.partition_gradients
+    hooked = every_micro_batch or optimizer.overlap_comm
+    groups = optimizer.fp16_groups if zero3 else optimizer.bit16_groups
+    names = [session.names[id(p)] for group in groups for p in group]
+    names = [name for name in names if name in common.parameters]
     if hooked:  # gradients come in the order of backward
-        names = [name for name in reversed(common.parameters) if name in set(names)]
-    session.plan = as_host_fills(session.plan, names, limit, _sharded(optimizer))
-    session.deferred = bool(optimizer.overlap_comm and not optimizer.cpu_offload and not accumulates_in_fp32(optimizer))
-    common.reductions = session.engine.gradient_accumulation_steps() if optimizer.partition_gradients else 1
+        reduced = set(names)
+        names = [name for name in reversed(common.parameters) if name in reduced]
+    session.plan = as_host_fills(session.plan, names, limit, zero3 or _sharded(optimizer), dense=zero3)
+    if zero3:
+        session.deferred = bool(session.engine._config.zero_config.overlap_comm)
+    else:
+        late = optimizer.cpu_offload or accumulates_in_fp32(optimizer)
+        session.deferred = bool(optimizer.overlap_comm and not late)
+    common.reductions = session.engine.gradient_accumulation_steps() if every_micro_batch else 1
 
 
 def _sharded(optimizer: Any) -> bool:
@@ -198,7 +230,27 @@ def _sharded(optimizer: Any) -> bool:
     return bool(optimizer.reduce_scatter and optimizer.contiguous_gradients)
 
 
-def _where(session: DeepSpeedSession, zero: bool) -> str:
+def _of_weights(session: DeepSpeedSession, scheme: Scheme) -> str:
+    """What the gather of weights sends, for the log at start-up."""
+    from ...engine.plan import describe
+
+    weights = f"{_HOST}: weights by {describe(scheme)}"
+    if session.fetches is not None:
+        coded, dense = (nbytes / 1e6 for nbytes in session.fetches.fetch_bytes())
+        return f"{weights}, {coded:.3f} MB whenever all are fetched ({dense:.3f} MB as they are)"
+    assert session.weights is not None
+    sent, dense = session.weights.wire_bytes(), session.common.beside / 1e6
+    cost = "as much as changes" if sent is None else f"{sent / 1e6:.3f} MB per step and rank"
+    return f"{weights}, {cost} ({dense:.3f} MB as they are)"
+
+
+def _wholly_averaged(session: DeepSpeedSession) -> list[str]:
+    """Names of the schemes that average everything on every rank, where ZeRO needs a part."""
+    buckets = [b for b in session.plan.buckets if not b.sharded and not b.scheme.host_dense]
+    return sorted({bucket.scheme.name for bucket in buckets})
+
+
+def _where(session: DeepSpeedSession) -> str:
     stage = int(session.engine.zero_optimization_stage())
     beside = ", beside backward" if session.deferred else ""
     times = session.common.reductions

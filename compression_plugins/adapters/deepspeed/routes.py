@@ -47,11 +47,12 @@ class Router:
     Args:
         plan: says which scheme reduces which parameter.
         rank, size: among the ranks that reduce.
+        dense: whether the host scatters what is not compressed, too.
     """
 
-    def __init__(self, plan: Plan, rank: int, size: int) -> None:
+    def __init__(self, plan: Plan, rank: int, size: int, dense: bool = False) -> None:
         self._known = {s.name: (bucket, s) for bucket in plan.buckets for s in bucket.segments}
-        self._rank, self._size = rank, size
+        self._rank, self._size, self._dense = rank, size, dense
         self._routes: dict[tuple[Any, ...], Route] = {}
 
     def of(self, layout: Layout, start: int, numel: int, owner: int | None, device: torch.device) -> Route:
@@ -82,13 +83,15 @@ class Router:
             groups.setdefault((bucket.scheme, bucket.dtype), []).append((index, piece))
         parts = []
         for (scheme, dtype), members in groups.items():
-            owned = scatters(scheme) and all(piece.owner is not None for _, piece in members)
+            owned = scatters(scheme, self._dense) and all(piece.owner is not None for _, piece in members)
             if owned:
                 members = sorted(members, key=lambda member: member[1].owner or 0)
             mine = [piece for _, piece in members]
             direction = self._known[mine[0].name][0].direction
             segments = tuple(self._join(mine, owned))
-            bucket = Bucket(scheme, segments, device, dtype, sharded=owned, direction=direction)
+            bucket = Bucket(
+                scheme, segments, device, dtype, sharded=owned, host_scatters=self._dense, direction=direction
+            )
             kept = tuple(i for i, piece in enumerate(mine) if piece.owner in (None, self._rank))
             sizes = [sum(p.numel for p in mine if p.owner == rank) for rank in range(self._size)]
             order = tuple(i for i, _ in members)
@@ -109,11 +112,11 @@ class Router:
         return segments
 
 
-def scatters(scheme: Scheme) -> bool:
-    """Whether `scheme` reduces every slice to its owner only. What is not compressed is all-reduced, as DeepSpeed
-    does it.
+def scatters(scheme: Scheme, dense: bool = False) -> bool:
+    """Whether `scheme` reduces every slice to its owner only. What is not compressed is all-reduced at stages 1 and 2,
+    as DeepSpeed does it, and scattered at stage 3 (`dense`).
     """
-    return "scatter_mean" in scheme.operations and not scheme.host_dense
+    return "scatter_mean" in scheme.operations and (dense or not scheme.host_dense)
 
 
 def in_wire_dtype(plan: Plan, wire: torch.dtype) -> Plan:
@@ -122,13 +125,14 @@ def in_wire_dtype(plan: Plan, wire: torch.dtype) -> Plan:
     return Plan(tuple(replace(bucket, dtype=name) for bucket in plan.buckets), plan.rows)
 
 
-def as_host_fills(plan: Plan, names: Sequence[str], limit: int, sharded: bool) -> Plan:
+def as_host_fills(plan: Plan, names: Sequence[str], limit: int, sharded: bool, dense: bool = False) -> Plan:
     """`plan` with the buckets that ZeRO will make of it.
 
     Args:
         names: of the parameters, in the order in which their gradients come.
         limit: elements of one of the host's buffers.
         sharded: whether the host reduces every slice to its owner only.
+        dense: also of what is not compressed.
     """
     known = {s.name: (bucket, s) for bucket in plan.buckets for s in bucket.segments}
     buffers: list[list[str]] = [[]]
@@ -147,7 +151,10 @@ def as_host_fills(plan: Plan, names: Sequence[str], limit: int, sharded: bool) -
             bucket, segment = known[name]
             groups.setdefault((bucket.scheme, bucket.device, bucket.dtype), []).append(segment)
         for (scheme, device, dtype), segments in groups.items():
-            owned = sharded and scatters(scheme)
+            owned = sharded and scatters(scheme, dense)
             direction = known[segments[0].name][0].direction
-            buckets.append(Bucket(scheme, tuple(segments), device, dtype, sharded=owned, direction=direction))
+            bucket = Bucket(
+                scheme, tuple(segments), device, dtype, sharded=owned, host_scatters=dense, direction=direction
+            )
+            buckets.append(bucket)
     return Plan(tuple(buckets), plan.rows)

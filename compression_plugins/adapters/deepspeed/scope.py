@@ -27,6 +27,14 @@ class Gathers(Protocol):
         """Fill `output` with every rank's partition; `mine` is this rank's. False: the backend's turn."""
         ...
 
+    def begin_step(self) -> None:
+        """The optimizer is about to step."""
+        ...
+
+    def wire_bytes(self) -> float | None:
+        """Bytes that a rank sends per step; None where that depends on the values."""
+        ...
+
     def make_exact(self) -> None:
         """Gather exact weights now."""
         ...

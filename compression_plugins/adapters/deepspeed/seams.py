@@ -12,7 +12,7 @@ stage                   method                                                  
                         `optimizer.gradient_reduction_w_predivide`
 ======================  ===========================================================  ====================
 
-Stages 1 and 2 are in `zero.py`.
+Stages 1 and 2 are in `zero.py`, stage 3 is in `zero3.py` and `fetches.py`.
 """
 
 from __future__ import annotations
@@ -123,6 +123,8 @@ def follow_steps(session: DeepSpeedSession, backend: CompressedBackend) -> None:
     wrap(engine, "_take_model_step", stepping)
     wrap(engine, "backward", guarded)
     after(engine, "_backward_epilogue", session.common.after_backward)
+    if session.fetches is not None:
+        before(engine, "_backward_prologue", session.fetches.before_backward)
 
 
 def follow_weights(session: DeepSpeedSession) -> None:

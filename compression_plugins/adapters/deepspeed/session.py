@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -18,8 +18,9 @@ from ...engine.session import Session
 from ...transports.torch_distributed import TorchDistributed
 from ..shared.forward import begin_forward
 from .config import wire_dtype
+from .fetches import Fetches
 from .routes import Part, Router, in_wire_dtype, scatters
-from .scope import Gathers, Scope, mismatch
+from .scope import Gathers, Layout, Scope, mismatch
 
 
 class DeepSpeedSession:
@@ -31,6 +32,9 @@ class DeepSpeedSession:
         group, rank, size: the data-parallel ranks.
         names: `id(parameter)` -> name, of the module's parameters (the first name of a shared one).
         weights: the model side of the scheme where ranks hold partitions, or None.
+        fetches: what ZeRO 3 gathers of the parameters, where that is compressed, or None.
+        partitions: whether this is ZeRO 3, which partitions parameters and scatters all gradients.
+        waiting: gradients on their way under ZeRO 3, and the slices that will hold this rank's part of their average.
         deferred: whether the reductions of ZeRO run beside backward, and their results are written when it is over.
         stepping: whether the optimizer takes its step now.
         dense_gradients: whether gradients are averaged exactly, for the optimizer compresses something else.
@@ -41,7 +45,10 @@ class DeepSpeedSession:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.names = {id(p): name for name, p in engine.module.named_parameters()}
         self.deferred = self.stepping = self.dense_gradients = False
+        self.partitions = bool(engine.zero_optimization_partition_weights())
         self.weights: Gathers | None = None
+        self.fetches: Fetches | None = None
+        self.waiting: list[tuple[list[Any], list[Tensor]]] = []
         self.wire = wire_dtype(engine)
         self.plan = in_wire_dtype(common.plan, self.wire)
         self._router: Router | None = None
@@ -127,45 +134,63 @@ class DeepSpeedSession:
         if (group if group is not None else dist.group.WORLD) is not self.group:
             raise mismatch("the reduction runs in another process group than the data-parallel one")
         self._judge_patterns()
-        if self._router is None:
-            self._router = Router(self.plan, self.rank, self.size)
-        route = self._router.of(scope.layout, scope.taken, tensor.numel(), destination, tensor.device)
+        route = self.router.of(scope.layout, scope.taken, tensor.numel(), destination, tensor.device)
         scope.taken += tensor.numel()
         runs = tensor.view(-1).split(route.runs)
         for part in route.parts:
-            self._start(scope, part, [runs[i] for i in part.order])
+            self._start_sum(scope, part, [runs[i] for i in part.order])
         if self.deferred:
             tensor.zero_()  # nobody may take it for a result
         else:
             self.reducer.drain()
         return True
 
-    def _start(self, scope: Scope, part: Part, mine: list[Tensor]) -> None:
-        """Reduce one part: in units of the unscaled loss, of this rank's own gradients; or as it is."""
-        bucket = part.bucket
-        dense = self.reducer.as_is(bucket)
-        flat = self._vector(bucket.numel, getattr(torch, bucket.dtype) if dense else torch.float32, mine[0].device)
-        torch._foreach_copy_(list(flat.split(part.lengths)), mine)
-        scale = 1.0 if dense else loss_scale(self.engine)
-        if not dense:
-            flat.mul_(scope.unit / scale)
-        # The average of what was handed in, times this, is what a host that waits expects in its buffer; or, if
-        # deferred, the optimizer in its gradients.
-        factor = self.size * scale / (1.0 if dense else scope.unit)
-        if self.deferred:
-            factor = self.scale * scale * (scope.unit if dense else 1.0)
+    @property
+    def router(self) -> Router:
+        """How buffers are cut."""
+        if self._router is None:
+            self._router = Router(self.plan, self.rank, self.size, self.partitions)
+        return self._router
 
-        def done(average: Tensor) -> None:
+    def _start_sum(self, scope: Scope, part: Part, mine: list[Tensor]) -> None:
+        """Reduce one part of a buffer of stage 1 or 2."""
+
+        def done(average: Tensor, dense: bool, scale: float) -> None:
+            # The average of what was handed in, times this, is what a host that waits expects in its buffer; or, if
+            # deferred, the optimizer in its gradients.
+            factor = self.size * scale / (1.0 if dense else scope.unit)
+            if self.deferred:
+                factor = self.scale * scale * (scope.unit if dense else 1.0)
             pieces = average.mul_(factor).split(part.lengths)
             if self.deferred:
                 for i in part.kept:
                     self._write(part, i, pieces[i])
             elif part.kept:
                 torch._foreach_copy_([mine[i] for i in part.kept], [pieces[i] for i in part.kept])
+
+        self._start(part, mine, scope.unit, done)
+
+    def _start(self, part: Part, mine: list[Tensor], unit: float, done: Callable[[Tensor, bool, float], None]) -> None:
+        """Average one part over ranks: in units of the unscaled loss, of this rank's own gradients; or as it is.
+
+        Args:
+            unit: factor from `mine` to this rank's own gradients.
+            done: called with the average, whether it is of `mine` as it was, and the loss scale that it lacks.
+        """
+        bucket = part.bucket
+        dense = self.reducer.as_is(bucket)
+        flat = self._vector(bucket.numel, getattr(torch, bucket.dtype) if dense else torch.float32, mine[0].device)
+        torch._foreach_copy_(list(flat.split(part.lengths)), mine)
+        scale = 1.0 if dense else loss_scale(self.engine)
+        if not dense:
+            flat.mul_(unit / scale)
+
+        def there(average: Tensor) -> None:
+            done(average, dense, scale)
             self._free.append(flat)
 
-        shards = part.shards if scatters(self.reducer.scheme_of(bucket)) else None
-        self.reducer.start(bucket, flat, shards).then(done)
+        shards = part.shards if scatters(self.reducer.scheme_of(bucket), self.partitions) else None
+        self.reducer.start(bucket, flat, shards).then(there)
 
     def _write(self, part: Part, i: int, values: Tensor) -> None:
         """Put a result where the optimizer will look for it; what it has cleared it does not need."""
@@ -188,6 +213,33 @@ class DeepSpeedSession:
         if len(self._free) > 2 * len(self.plan.buckets):
             self._free.clear()  # buffers of lengths that come no more
         return torch.empty(numel, dtype=dtype, device=device)
+
+    # -- ZeRO 3
+
+    def scatter(self, layout: Layout, gradients: list[Tensor], results: dict[str, Tensor]) -> None:
+        """Average gradients over ranks; this rank's slices go to `results` now, or if `deferred` when they are there.
+
+        Args:
+            layout: the slices of the gradients, each with its owner.
+            results: by name, this rank's slice of each gradient's average, to be written.
+        """
+        self._judge_patterns()
+        wholes = {name: gradient.reshape(-1) for name, gradient in zip(results, gradients, strict=True)}
+        numel = sum(piece.numel for piece in layout.pieces)
+        route = self.router.of(layout, 0, numel, None, gradients[0].device)
+        runs = [wholes[piece.name][piece.start : piece.start + piece.numel] for piece in layout.pieces]
+        for part in route.parts:
+            self._start_slices(part, [runs[i] for i in part.order], results)
+        if not self.deferred:
+            self.reducer.drain()
+
+    def _start_slices(self, part: Part, mine: list[Tensor], results: dict[str, Tensor]) -> None:
+        def done(average: Tensor, _: bool, scale: float) -> None:
+            pieces = average.mul_(scale).split(part.lengths)
+            for i in part.kept:
+                results[part.pieces[i].name].copy_(pieces[i])
+
+        self._start(part, mine, 1.0, done)
 
     def settle(self, boundary: bool) -> None:
         """Backward is over: wait for everything.
@@ -216,6 +268,7 @@ class DeepSpeedSession:
     def abort(self) -> None:
         """Backward has failed."""
         self.reducer.abort()
+        self.waiting.clear()
         if self._fillings is not None:
             self._fillings.clear()
 
@@ -228,6 +281,8 @@ class DeepSpeedSession:
     def step(self) -> Iterator[None]:
         """Around the optimizer's step."""
         self.common.after_backward()
+        if self.weights is not None:
+            self.weights.begin_step()
         self.stepping = True
         try:
             yield

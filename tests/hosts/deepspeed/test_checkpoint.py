@@ -9,6 +9,7 @@ from .job import run_cases
 from .test_training import BASE, BF16, zero
 
 SCALECOM = {"scheme": "scalecom", "ratio": 20, "beta": 0.5, "min_numel": 0}
+QSGD = {"scheme": "qsgd", "bits": 4, "block": 64}
 DOUBLE = {"scheme": "double_quantization", "min_numel": 0, "mu": 2.0, "snapshot_steps": 3}
 CONFIGS = {
     "stage 0, scalecom": {"communication_compression": SCALECOM},
@@ -16,6 +17,13 @@ CONFIGS = {
     "stage 2, powersgd": {**zero(2), "communication_compression": {"scheme": "powersgd", "min_numel": 0}},
     "stage 2, qsgd, bf16": {**zero(2), **BF16, "communication_compression": {"scheme": "qsgd", "min_numel": 0}},
     "stage 0, double_quantization": {"communication_compression": DOUBLE},
+    "stage 1, differences, bf16": {**zero(1), **BF16, "communication_compression": {**SCALECOM, "parameters": QSGD}},
+    "stage 2, differences": {**zero(2), "communication_compression": {"scheme": "none", "parameters": QSGD}},
+    "stage 2, patch": {**zero(2), "communication_compression": {"scheme": "none", "parameters": {"scheme": "patch"}}},
+    "stage 3, ef_signsgd": {
+        **zero(3, stage3_param_persistence_threshold=100),
+        "communication_compression": {"scheme": "ef_signsgd", "min_numel": 0, "parameters": {**QSGD, "bits": 8}},
+    },
     "stage 2, double_quantization": {**zero(2), "communication_compression": DOUBLE},
 }
 SAVED, END = 4, 8

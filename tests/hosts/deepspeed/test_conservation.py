@@ -9,7 +9,7 @@ import pytest
 from .job import deepspeed
 
 BLOCKS = {
-    "ef_signsgd": {"scheme": "ef_signsgd", "min_numel": 0},  # reduce-scatter form at stages 1 and 2
+    "ef_signsgd": {"scheme": "ef_signsgd", "min_numel": 0},  # reduce-scatter form at stages 1 to 3
     "topk": {"scheme": "topk", "ratio": 20, "min_numel": 0},
     "powersgd": {
         "scheme": "powersgd",
@@ -18,7 +18,7 @@ BLOCKS = {
     },  # memory of the aggregated update; needs whole matrices
 }
 CASES = {
-    f"{scheme} at stage {stage}": {"stage": stage, "block": b} for scheme, b in BLOCKS.items() for stage in (0, 1, 2)
+    f"{scheme} at stage {stage}": {"stage": stage, "block": b} for scheme, b in BLOCKS.items() for stage in (0, 1, 2, 3)
 }
 
 

@@ -21,7 +21,15 @@ SCALECOM = "scheme: scalecom\nratio: 100\nbeta: 1.0\n"
 
 #: What must stand in the message, and part of the remedy.
 REFUSALS = {
-    "stage 3": ("UnsupportedError", "ZeRO stage 3", "set zero_optimization.stage"),
+    "hpz": ("UnsupportedError", "hpZ (zero_hpz_partition_size)", "zero_hpz_partition_size to 1"),
+    "mics": ("ValidationError", "mics_shard_size", "Extra inputs are not permitted"),  # DeepSpeed 0.19 has no MiCS
+    "qwz": ("UnsupportedError", "ZeRO++ quantizes weights itself", "parameters: {scheme: qsgd, bits: 8}"),
+    "patch at stage 3": ("UnsupportedError", "under ZeRO stage 3 none holds", "{scheme: qsgd, bits: 8}"),
+    "mu rule at stage 3": ("UnsupportedError", "mu rule", "weights: false"),
+    "weights at stage 0": ("UnsupportedError", "parameters: qsgd is about weights that travel", "remove the key"),
+    "weights twice": ("ConfigError", "two ways for one thing", "weights: false"),
+    "signs of weights": ("ConfigError", "'ef_signsgd' cannot say what has changed", "valid: bf16"),
+    "typo in parameters": ("ConfigError", "unknown key 'bit'", "did you mean 'bits'"),
     "zero++": ("UnsupportedError", "ZeRO++", "zero_quantized_gradients"),
     "zenflow": ("UnsupportedError", "ZenFlow", "remove zero_optimization.zenflow"),
     "deepcompile": ("UnsupportedError", "DeepCompile", "compile.deepcompile to false"),
@@ -29,7 +37,9 @@ REFUSALS = {
     "fp16 stage 0": ("UnsupportedError", "loss scale", "bf16, or ZeRO stage 1 or 2"),
     "autocast fp16": ("UnsupportedError", "torch_autocast", "bfloat16"),
     "pipeline": ("UnsupportedError", "pipeline", "plain module"),
-    "moe": ("UnsupportedError", "mixture-of-experts", "without DeepSpeed MoE"),
+    "moe": ("UnsupportedError", "expert parallel groups", "without DeepSpeed MoE"),
+    "tensor parallel": ("UnsupportedError", "tensor parallel groups", "data parallelism only"),
+    "sequence parallel": ("UnsupportedError", "sequence parallel groups", "data parallelism only"),
     "sparse": ("UnsupportedError", "sparse gradients", "sparse=False"),
     "typo": ("ConfigError", "'ration'", "'ratio'"),
     "not a mapping": ("ConfigError", "must be a mapping", "scheme"),

@@ -1,7 +1,9 @@
 """Train one small model after the other, as `cases.json` in the given folder says, and report what came out.
 
 A case: "config" (of DeepSpeed), "steps", and optionally "save" and "load" (tags), "save_step", "overflow" (a step in
-which rank 1's loss is infinite), "leave_out" (a step that is not done).
+which rank 1's loss is infinite), "leave_out" (a step that is not done), "scribble" (a step before which ranks write
+different values to the model), "freeze" (a step from which on the learning rate is 0), "init" (the model is built under
+`zero.Init`), "half" (a folder for `save_16bit_model`).
 """
 
 from __future__ import annotations
@@ -38,12 +40,36 @@ def master(network: torch.nn.Module, session) -> torch.Tensor:
     if not session.common.hooks:
         return torch.empty(0)
     with session.exact():
+        return flat(network)
+
+
+def evaluated(engine, network: torch.nn.Module) -> torch.Tensor:
+    """The weights that an evaluation computes with."""
+    with torch.no_grad():
+        engine(torch.arange(16))
+    return flat(network)
+
+
+def flat(network: torch.nn.Module) -> torch.Tensor:
+    with deepspeed.zero.GatheredParameters(list(network.parameters())):  # of ZeRO 3; elsewhere it does nothing
         return torch.cat([p.detach().float().view(-1) for p in network.parameters()])
+
+
+def scribble(network: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(1.0 + dist.get_rank())
 
 
 def train(case: dict) -> dict:
     torch.manual_seed(0)
-    network = Network()
+    if case.get("init"):
+        with deepspeed.zero.Init(config_dict_or_path=case["config"]):
+            network = Network()
+    else:
+        network = Network()
+    computed = []
+    network.first.register_forward_hook(lambda module, *_: computed.append(module.weight.detach().clone()))
     engine, *_ = deepspeed.initialize(model=network, model_parameters=network.parameters(), config=case["config"])
     tag = case.get("load")
     first = 0
@@ -64,6 +90,11 @@ def train(case: dict) -> dict:
             if case.get("overflow") == step and dist.get_rank() == 1:
                 loss = loss * float("inf")
             engine.backward(loss)
+            if case.get("scribble") == step:
+                scribble(network)
+            if step >= case.get("freeze", case["steps"]):
+                for group in engine.optimizer.param_groups:
+                    group["lr"] = 0.0
             engine.step()
         losses.append(float(loss.detach()))
         skipped.append(engine.skipped_steps)
@@ -73,8 +104,11 @@ def train(case: dict) -> dict:
     # A collective of the user's own, as large as a gradient bucket, must come back exact.
     metric = torch.arange(4096.0) * (1 + dist.get_rank())
     dist.all_reduce(metric)
+    if case.get("half"):
+        engine.save_16bit_model(str(FOLDER / case["half"]))
     report = {
-        "weights": torch.cat([p.detach().float().view(-1) for p in network.parameters()]),
+        "weights": flat(network),
+        "computed": computed[-accumulation:],
         "losses": losses,
         "skipped": skipped,
         "scales": scales,
@@ -87,10 +121,20 @@ def train(case: dict) -> dict:
             "sent": session.reducer.transport.sent,
             "dense": case["steps"] * sum(bucket.dense_bytes(dist.get_world_size()) for bucket in session.plan.buckets),
             "planned": sum(bucket.wire_bytes(dist.get_world_size()) for bucket in session.plan.buckets),
+            "planned weights": session.weights.wire_bytes() if session.weights is not None else None,
+            "dense weights": session.common.beside,
             "step": session.reducer.step,
             "residuals": residuals,
             "master": master(network, session),
         }
+        if session.fetches is not None:
+            report["sent of weights"] = session.fetches.sent
+            report["fetched once"] = session.fetches.fetch_bytes()
+        if session.weights is not None:
+            report["evaluated"] = evaluated(engine, network)
+        elif session.fetches is not None:
+            evaluated(engine, network)
+            report["evaluated"] = computed[-1]
     engine.destroy()
     return report
 

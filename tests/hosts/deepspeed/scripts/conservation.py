@@ -31,7 +31,9 @@ class Net(torch.nn.Module):
 
 
 def flat(tensors) -> torch.Tensor:
-    return torch.cat([t.detach().view(-1) for t in tensors])
+    tensors = list(tensors)
+    with deepspeed.zero.GatheredParameters(tensors):  # of ZeRO 3; elsewhere it does nothing
+        return torch.cat([t.detach().view(-1).clone() for t in tensors])
 
 
 def violation(stage: int, block: dict) -> float:
@@ -50,7 +52,9 @@ def violation(stage: int, block: dict) -> float:
     start = flat(net.parameters()).clone()
     came_in = torch.zeros_like(start)
     for k in range(STEPS):
-        reference.load_state_dict(net.state_dict())
+        with deepspeed.zero.GatheredParameters(list(net.parameters())), torch.no_grad():
+            for mine, theirs in zip(reference.parameters(), net.parameters(), strict=True):
+                mine.copy_(theirs)
         reference.zero_grad(set_to_none=False)
         for micro in range(ACCUMULATION):
             seed = 1000 * dist.get_rank() + ACCUMULATION * k + micro
@@ -63,7 +67,7 @@ def violation(stage: int, block: dict) -> float:
         torch.distributed.all_reduce(mine)
         came_in += mine / dist.get_world_size()
     applied = (start - flat(net.parameters())) / LEARNING_RATE
-    remembered = {n: torch.zeros(p.numel()) for n, p in net.named_parameters()}
+    remembered = {n: torch.zeros(p.numel()) for n, p in reference.named_parameters()}
     for name, pieces in engine.communication_compression.state_dict()["vectors"]["residual"].items():
         for offset, piece in pieces.items():
             remembered[name][offset : offset + piece.numel()] = piece

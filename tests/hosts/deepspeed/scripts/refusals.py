@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import deepspeed.comm as dist
@@ -27,12 +28,29 @@ def one_bit(kind: str, **parameters) -> dict:
     return {"optimizer": {"type": kind, "params": {"lr": 0.1, **parameters}}}
 
 
+def block(**keys) -> dict:
+    """TOPK with other keys; `...` removes one."""
+    document = {key: value for key, value in {**TOPK, **keys}.items() if value is not ...}
+    return {"communication_compression": document}
+
+
 def cases() -> dict[str, tuple[dict, torch.nn.Module | None]]:
     """Name -> (config beyond the ordinary one, model or None for the ordinary one)."""
     rank = dist.get_rank()
     linear = torch.nn.Linear(32, 32)
     return {
-        "stage 3": (zero(stage=3), None),
+        "hpz": (zero(stage=3, zero_hpz_partition_size=2), None),
+        "mics": (zero(stage=3, mics_shard_size=2), None),
+        "qwz": (zero(stage=3, zero_quantized_weights=True), None),
+        "patch at stage 3": ({**zero(stage=3), **block(parameters={"scheme": "patch"})}, None),
+        "mu rule at stage 3": ({**zero(stage=3), **block(scheme="double_quantization", ratio=...)}, None),
+        "weights at stage 0": (block(parameters={"scheme": "qsgd"}), None),
+        "weights twice": (
+            {**zero(stage=1), **block(scheme="double_quantization", ratio=..., parameters={"scheme": "patch"})},
+            None,
+        ),
+        "signs of weights": ({**zero(stage=1), **block(parameters={"scheme": "ef_signsgd"})}, None),
+        "typo in parameters": ({**zero(stage=1), **block(parameters={"scheme": "qsgd", "bit": 4})}, None),
         "zero++": (zero(stage=2, zero_quantized_gradients=True), None),
         "zenflow": (zero(stage=2, zenflow={"topk_ratio": 0.1}, offload_optimizer={"device": "cpu"}), None),
         "deepcompile": ({**zero(stage=1), "compile": {"deepcompile": True}}, None),
@@ -92,10 +110,39 @@ def cases() -> dict[str, tuple[dict, torch.nn.Module | None]]:
         "other reduction": (zero(stage=2, contiguous_gradients=bool(rank)), None),
         "other wire": ({"communication_data_type": ("bf16", "fp16")[rank]}, None),
         "other clipping": ({"gradient_clipping": 0.5 * rank}, None),
+        # The last ones: DeepSpeed keeps their groups for the rest of the process.
+        "sequence parallel": ({}, None),
+        "tensor parallel": ({}, None),
     }
 
 
-def error_of(config: dict, model: torch.nn.Module | None) -> str:
+class Mpu:
+    """Groups as Megatron hands them to DeepSpeed: both ranks are one model."""
+
+    def __init__(self) -> None:
+        self.whole = dist.new_group([0, 1])
+        self.alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        return 2
+
+    def get_model_parallel_group(self) -> Any:
+        return self.whole
+
+    def get_data_parallel_rank(self) -> int:
+        return 0
+
+    def get_data_parallel_world_size(self) -> int:
+        return 1
+
+    def get_data_parallel_group(self) -> Any:
+        return self.alone
+
+
+def error_of(config: dict, model: torch.nn.Module | None, **more: Any) -> str:
     model = model or torch.nn.Linear(64, 64)
     config = {
         "train_micro_batch_size_per_gpu": 4,
@@ -110,7 +157,7 @@ def error_of(config: dict, model: torch.nn.Module | None) -> str:
     client = torch.optim.SGD(model.parameters(), lr=0.1) if config.pop("client", False) else None
     try:
         engine, *_ = deepspeed.initialize(
-            model=model, optimizer=client, model_parameters=model.parameters(), config=config
+            model=model, optimizer=client, model_parameters=model.parameters(), config=config, **more
         )
         engine.backward(engine(torch.ones(4, 64)).mean())
     except Exception as error:
@@ -122,7 +169,8 @@ def main() -> None:
     torch.set_num_threads(1)
     get_accelerator().is_fp16_supported = lambda: True
     deepspeed.init_distributed()
-    found = {name: error_of(config, model) for name, (config, model) in cases().items()}
+    more = {"sequence parallel": {"mesh_param": (1, 2)}, "tensor parallel": {"mpu": Mpu()}}
+    found = {name: error_of(config, model, **more.get(name, {})) for name, (config, model) in cases().items()}
     (FOLDER / f"errors{dist.get_rank()}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
