@@ -191,7 +191,9 @@ def weights_row(config: Config, spec: TensorSpec) -> Row:
     do, except where nothing is lost.
     """
     assert config.parameters is not None
-    reason = "" if config.parameters.lossless else _why_dense(config, spec)
+    if config.parameters.lossless:
+        return Row(spec.name, spec.numel, config.parameters)
+    reason = _why_dense(config, spec)
     if not reason and spec.dtype not in _COMPRESSED:
         reason = f"{spec.dtype} is wider than what is compressed"
     return Row(spec.name, spec.numel, NoCompression() if reason else config.parameters, reason)

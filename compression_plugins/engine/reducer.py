@@ -46,6 +46,7 @@ class Reducer:
     Attributes:
         step: optimizer steps done; survives a resume.
         engine: what runs the reductions.
+        beside: bytes that a dense job would have sent in this step beside gradients, where those are compressed, too.
 
     Example, of one rank of a `torch.distributed` job::
 
@@ -66,7 +67,7 @@ class Reducer:
         self.config, self.transport, self.telemetry = config, transport, telemetry
         self.state = State()
         self.engine = Engine(transport.ordered)
-        self.step = 0
+        self.step, self.beside = 0, 0.0
         self._uses: dict[int, int] = {}  # reductions of a bucket in this step: micro-batches
         self._dense = 0  # bytes that a dense all-reduce would have sent
         self._samples: dict[Bucket, Tensor] = {}
@@ -187,7 +188,7 @@ class Reducer:
             self.step += 1
         if self.telemetry is not None:
             self.telemetry.step(self._counters(skipped))
-        self._dense = 0
+        self._dense, self.beside = 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """As of the last step that is done. Plain dicts, numbers and tensors; loads with
@@ -277,7 +278,7 @@ class Reducer:
         return Counters(
             step=self.step,
             sent=self.transport.sent,
-            dense=2 * self._dense * (size - 1) / size,
+            dense=2 * self._dense * (size - 1) / size + self.beside,
             norm=self.state.norm,
             state_bytes=self.state.nbytes(),
             seconds=self.engine.seconds,

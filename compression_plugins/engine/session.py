@@ -80,7 +80,6 @@ class Session:
         plan: which tensor travels how.
         hooks: what happens around the optimizer's step.
         reductions: of each bucket within one step.
-        beside: bytes that a dense job would send per step and rank beside gradients, where that is compressed, too.
     """
 
     def __init__(
@@ -114,7 +113,7 @@ class Session:
         self._local_updates: LocalUpdates | None = None
         self._finished = -1  # the step at which a last round was exchanged
         self._makes_hooks = False
-        self.reductions, self.beside = 1, 0.0
+        self.reductions = 1
         self._speaks, self._warned = speaks, False
         self._reducer: Reducer | None = None
         self._telemetry: Telemetry | None = None
@@ -279,12 +278,13 @@ class Session:
         """
         reducer = self.reducer
         dense = sum(bucket.dense_bytes(reducer.transport.size) for bucket in self.plan.buckets)
+        dense = dense * self.reductions + reducer.beside
         if not skipped and not reducer.warming:
             for hook in reversed(self.hooks):
                 hook.after_step(reducer.step, optimizer)
         reducer.end_step(skipped)
         self._tally.steps += 1
-        self._tally.dense += dense * self.reductions + self.beside
+        self._tally.dense += dense
         self._book()
 
     def _book(self) -> None:

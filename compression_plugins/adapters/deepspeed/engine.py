@@ -128,7 +128,7 @@ def attach(engine: Any, config: Config) -> DeepSpeedSession | None:
         lambda: meet(store, _HOST, f"{common.name}/exact/{next(meetings)}", rank, size, _ALONE),
     ) if partitioned and not zero3 else None  # fmt: skip
     if weights is not None:
-        session.weights, common.hooks, common.beside = weights, [weights], weights.dense_bytes
+        session.weights, common.hooks = weights, [weights]
     if zero3:
         session.fetches = compressed_fetches(session)
         follow_zero3(session)
@@ -239,7 +239,7 @@ def _of_weights(session: DeepSpeedSession, scheme: Scheme) -> str:
         coded, dense = (nbytes / 1e6 for nbytes in session.fetches.fetch_bytes())
         return f"{weights}, {coded:.3f} MB whenever all are fetched ({dense:.3f} MB as they are)"
     assert session.weights is not None
-    sent, dense = session.weights.wire_bytes(), session.common.beside / 1e6
+    sent, dense = session.weights.wire_bytes(), session.weights.dense_bytes() / 1e6
     cost = "as much as changes" if sent is None else f"{sent / 1e6:.3f} MB per step and rank"
     return f"{weights}, {cost} ({dense:.3f} MB as they are)"
 

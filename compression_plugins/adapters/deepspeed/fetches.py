@@ -163,6 +163,8 @@ class Fetches:
             start += row[rank]
         of_ranks = [sum(row[owner] for row in lengths) for owner in range(self.session.size)]
         self.sent += len(payload) * (self.session.size - 1)
+        dense = sum(p.ds_tensor.ds_numel * p.ds_tensor.element_size() for p in params)
+        reducer.beside += dense * (self.session.size - 1)
         handle = reducer.transport.all_gather_uneven(payload, of_ranks)
         return _Fetch(self, params, lengths, of_ranks, handle)
 

@@ -35,6 +35,10 @@ class Gathers(Protocol):
         """Bytes that a rank sends per step; None where that depends on the values."""
         ...
 
+    def dense_bytes(self) -> float:
+        """The same where they travel as they are."""
+        ...
+
     def make_exact(self) -> None:
         """Gather exact weights now."""
         ...

@@ -39,7 +39,7 @@ def test_the_table_at_start_up_says_what_travels(two: tuple[Ranks, str]) -> None
         assert sent == pytest.approx(planned, rel=0.02), case
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_with_overlap_comm_messages_leave_during_backward_and_are_waited_for_after(
     two: tuple[Ranks, str], stage: int
 ) -> None:

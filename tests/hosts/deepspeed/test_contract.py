@@ -21,11 +21,20 @@ from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer  # noqa: E402
 from deepspeed.runtime.tensor_parallel import init_utils  # noqa: E402
+from deepspeed.runtime.zero.partition_parameters import Init  # noqa: E402
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator  # noqa: E402
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3  # noqa: E402
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, IPGBucket  # noqa: E402
 
 from compression_plugins.adapters.deepspeed import config  # noqa: E402
 
 WHO = f"DeepSpeed {deepspeed.__version__} has changed a seam of compression_plugins.adapters.deepspeed: "
+
+
+def private(cls: type, name: str):
+    """A method whose name the class mangles."""
+    return getattr(cls, f"_{cls.__name__}__{name}")
+
 
 #: Function -> its leading parameters, as the adapter passes or reads them.
 SIGNATURES = {
@@ -47,6 +56,12 @@ SIGNATURES = {
     DeepSpeedZeroOptimizer.allreduce_and_scatter: "self bucket communication_data_type",
     DeepSpeedZeroOptimizer.allreduce_bucket: "self bucket communication_data_type rank",
     DeepSpeedZeroOptimizer.gradient_reduction_w_predivide: "self tensor communication_data_type",
+    private(DeepSpeedZeroOptimizer_Stage3, "avg_scatter_grads"): "self params_to_reduce communication_data_type",
+    private(DeepSpeedZeroOptimizer_Stage3, "avg_scatter_contiguous_grads"): (
+        "self buffer_to_reduce communication_data_type"
+    ),
+    private(DeepSpeedZeroOptimizer_Stage3, "reduce_and_partition_ipg_grads"): "self communication_data_type",
+    DeepSpeedZeroOptimizer_Stage3.partition_grads: "self params_to_release grad_partitions",
     DeepSpeedConfig.__init__: "self config mpu mesh_device",
     init_utils.load_ds_config: "config",
 }
@@ -96,6 +111,24 @@ SOURCES = {
         r"bucket\.buffer\[bucket\.index\]\.narrow\(0, bucket\.elements, param\.numel\(\)\)",
         r"bucket\.params\.append\(\(i, param\.param_idx_in_group, param_id\)\)",
         r"self\.extra_large_param_to_reduce\[comm_dtype\] = param",
+    ],
+    private(DeepSpeedZeroOptimizer_Stage3, "reduce_and_partition_ipg_grads"): [
+        r"self\.__avg_scatter_contiguous_grads\(grad_bucket, communication_data_type\)",
+        r"self\.__avg_scatter_grads\(params_in_bucket, communication_data_type\)",
+        r"self\.partition_grads\(params_in_bucket, grad_partitions\)\s+params_in_bucket\.clear\(\)",
+    ],
+    DeepSpeedZeroOptimizer_Stage3.independent_gradient_partition_epilogue: [
+        # slices that are added in this call are in time
+        r"(?s)self\.__reduce_and_partition_ipg_grads\(comm_dtype\).*synchronize\(\).*self\.averaged_gradients\[i\] =",
+    ],
+    DeepSpeedZeroOptimizer_Stage3.partition_grads: [
+        r"\.narrow\(0, 0, grad_partition\.numel\(\)\)",  # slices need not be padded
+        r"if self\.micro_step_id == 0:",
+    ],
+    coalesced_collectives.reduce_scatter_coalesced: [r"\.div_\(world_sz\)"],  # always an average
+    Init._convert_to_deepspeed_param: [r"param\.all_gather_coalesced = all_gather_coalesced"],
+    private(PartitionedParameterCoordinator, "all_gather_params_"): [
+        r"handle = param_group\[0\]\.all_gather_coalesced\(param_group, quantize=quantize\)",
     ],
     BF16_Optimizer._setup_for_real_optimizer: [
         r"self\.fp32_groups_gradients_flat\.append\(fp32_flat_buffer\)",

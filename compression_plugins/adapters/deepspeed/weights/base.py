@@ -105,11 +105,13 @@ class GatheredWeights(StepHook):
     def wire_bytes(self) -> float | None:
         """Bytes that a rank sends per step, the mean over ranks; None where that depends on the values."""
 
-    @property
     def dense_bytes(self) -> float:
         """The same where the values travel as they are."""
-        size = self.session.size
-        return sum(flat.numel() * flat.element_size() for flat in self._flats) * (size - 1) / size
+        return (
+            sum(flat.numel() * flat.element_size() for flat in self._flats)
+            * (self.session.size - 1)
+            / self.session.size
+        )
 
     # -- for those that derive from it
 
@@ -121,6 +123,11 @@ class GatheredWeights(StepHook):
         """This rank's partition."""
         numel = flat.numel() // self.session.size
         return flat.data[self.session.rank * numel : (self.session.rank + 1) * numel]
+
+    def _count_dense(self, output: Tensor) -> None:
+        """The step has gathered this buffer, by whatever it has sent for it."""
+        size = self.session.size
+        self.session.reducer.beside += output.numel() * output.element_size() * (size - 1) / size
 
     def _gather_exactly(self, output: Tensor, mine: Tensor) -> None:
         """Every rank's partition as it is."""

@@ -73,6 +73,7 @@ class Codes(GatheredWeights):
             self._snapshots[index] = mine.float().clone()
             return False
         self._coarse = True
+        self._count_dense(output)
         self._exchange(index, step, output, mine)
         return True
 

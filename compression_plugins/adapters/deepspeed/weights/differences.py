@@ -53,11 +53,10 @@ class Differences(HeldWeights):
         return total * (self.session.size - 1) / self.session.size
 
     def resume(self) -> None:
-        self._received, self._coarse = None, False
-        for index, mine in self._saved.items():
+        self._received, self._lossy = None, set(self._saved)
+        for index, mine in sorted(self._saved.items()):
             self._gather_exactly(self._flats[index], mine)
-            self._coarse = True
-        self._saved = {}
+        self._coarse, self._saved = bool(self._saved), {}
 
     def state_dict(self) -> dict[str, Any]:
         if not self._coarse:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ....engine.notice import warn
 from .base import GatheredWeights
+
+if TYPE_CHECKING:
+    from ..backend import CompressedBackend
+    from ..session import DeepSpeedSession
 
 
 class HeldWeights(GatheredWeights):
@@ -19,8 +25,16 @@ class HeldWeights(GatheredWeights):
     compression in every step.
     """
 
-    _held: dict[int, tuple[Tensor, Tensor]] = {}
-    _warned = False
+    #: Whether ranks do not end with the very bits of the owner.
+    _loses = False
+
+    def __init__(
+        self, session: DeepSpeedSession, backend: CompressedBackend, meet: Callable[[], None], names: set[str]
+    ) -> None:
+        super().__init__(session, backend, meet, names)
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}
+        self._lossy: set[int] = set()  # flat buffers that hold something else than the exact weights
+        self._warned = False
 
     def begin_step(self) -> None:
         self.before_forward()
@@ -42,11 +56,12 @@ class HeldWeights(GatheredWeights):
                 warn("DeepSpeed: ranks have written different values to the model; its weights travel whole this once")
         if exact:
             self._gather_exactly(output, mine)
-        self._coarse = self._loses and not exact
+        self._count_dense(output)
+        self._lossy.discard(index)
+        if self._loses and not exact:
+            self._lossy.add(index)
+        self._coarse = bool(self._lossy)
         return True
-
-    #: Whether ranks do not end with the very bits of the owner.
-    _loses = False
 
     @abstractmethod
     def _exchange(self, index: int, output: Tensor, mine: Tensor, held: Tensor, own_sum: Tensor) -> bool:

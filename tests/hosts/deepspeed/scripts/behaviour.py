@@ -64,7 +64,7 @@ def identical(model: nn.Module) -> bool:
 def bytes_of_the_table() -> dict[str, list[float]]:
     """Bytes of a step, counted and announced; mean over ranks."""
     found = {}
-    for stage, overlap in ((0, False), (1, False), (1, True), (2, True)):
+    for stage, overlap in ((0, False), (1, False), (1, True), (2, True), (3, True)):
         for block in (EF, {"scheme": "qsgd"}, {"scheme": "topk", "ratio": 20}, {"scheme": "none"}):
             engine = start(network(), {**block, "bucket_mb": 0.13}, stage, overlap_comm=overlap)
             session = engine.communication_compression
@@ -83,7 +83,7 @@ def order_of_events() -> dict[str, list[str]]:
     from compression_plugins.transports.torch_distributed import _Pending
 
     found = {}
-    for stage in (1, 2):
+    for stage in (1, 2, 3):
         model = network()
         engine = start(model, {**EF, "bucket_mb": 0.19}, stage, overlap_comm=True)
         train(engine, 1)

@@ -122,7 +122,7 @@ def train(case: dict) -> dict:
             "dense": case["steps"] * sum(bucket.dense_bytes(dist.get_world_size()) for bucket in session.plan.buckets),
             "planned": sum(bucket.wire_bytes(dist.get_world_size()) for bucket in session.plan.buckets),
             "planned weights": session.weights.wire_bytes() if session.weights is not None else None,
-            "dense weights": session.common.beside,
+            "dense weights": session.weights.dense_bytes() if session.weights is not None else None,
             "step": session.reducer.step,
             "residuals": residuals,
             "master": master(network, session),
