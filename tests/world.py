@@ -41,6 +41,10 @@ class World:
     def __init__(self, config: Config, size: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> None:
         self.size, self.local = size, LocalWorld(size)
         self.reducers = [Reducer(config, transport) for transport in self.local.transports]
+        draw = torch.Generator().manual_seed(99)
+        self.weights = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+        for reducer in self.reducers:
+            reducer.parameters = self.weights
         self.plan = make_plan(config, [TensorSpec(name, shape, "float32") for name, shape in shapes.items()])
 
     @property

@@ -78,6 +78,8 @@ class Call:
         role: what the bucket holds.
         absent: names of parameters for which this rank has nothing to say in this step: their values are zero, and what
             the rank remembers of them is left as it is.
+        weights: gives the parameters of the bucket, a new flat fp32 vector in the order of `segments`; None where the
+            host does not show them.
     """
 
     transport: Transport
@@ -88,6 +90,7 @@ class Call:
     state: Slots
     role: Role = "gradient"
     absent: frozenset[str] = frozenset()
+    weights: Callable[[], Tensor] | None = None
 
     def residual(self) -> Vector:
         """This rank's residual, fp32, one value for each element of the bucket: `old` before this reduction and `new`

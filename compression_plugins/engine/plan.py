@@ -103,6 +103,13 @@ class Plan:
     buckets: tuple[Bucket, ...]
     rows: tuple[Row, ...]
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that residuals and the moments of a direction take on each rank: fp32, as the last step left them and
+        as the running one makes them.
+        """
+        return sum(8 * b.numel * (b.direction.moments + (b.scheme.memory is not None)) for b in self.buckets)
+
     def table(self, size: int, every: int = 1) -> str:
         """What is compressed, how, what `size` ranks will send, and what is not compressed and why; for the log at
         start-up.
@@ -118,9 +125,10 @@ class Plan:
         rounds = f" ({exchange / 1e6:.3f} MB of weights every {every} steps)" if every > 1 else ""
         dense = sum(bucket.dense_bytes(size) for bucket in self.buckets)
         ratio = f", {dense / sent:.1f}x fewer than dense" if sent else ""
+        memory = f", {self.memory_bytes / 1e6:.3f} MB of memory" if self.memory_bytes else ""
         lines = [
             f"{len(self.rows)} tensors, {sum(r.numel for r in self.rows):,} values, {len(self.buckets)} buckets, "
-            f"{sent / 1e6:.3f} MB per step and rank{rounds}{ratio}"
+            f"{sent / 1e6:.3f} MB per step and rank{rounds}{ratio}{memory}"
         ]
         for (scheme, reason), rows in groups.items():
             names = {row.name for row in rows}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class Reducer:
         step: optimizer steps done; survives a resume.
         engine: what runs the reductions.
         beside: bytes that a dense job would have sent in this step beside gradients, where those are compressed, too.
+        parameters: by name, for directions that look at them; a host shows whole ones only.
 
     Example, of one rank of a `torch.distributed` job::
 
@@ -68,6 +70,7 @@ class Reducer:
         self.state = State()
         self.engine = Engine(transport.ordered)
         self.step, self.beside = 0, 0.0
+        self.parameters: Mapping[str, Tensor] = {}
         self._uses: dict[int, int] = {}  # reductions of a bucket in this step: micro-batches
         self._dense = 0  # bytes that a dense all-reduce would have sent
         self._samples: dict[Bucket, Tensor] = {}
@@ -239,6 +242,7 @@ class Reducer:
             state=slots,
             role=bucket.role,
             absent=absent,
+            weights=partial(_weights, bucket, self.parameters) if self.parameters else None,
         )
         rounds = call.clock.round - direction.exact_rounds(call.clock.round)  # of the scheme itself
         scheme_call = replace(call, clock=call.clock._replace(round=rounds))
@@ -292,6 +296,10 @@ def _average(scheme: Scheme, x: Tensor, call: Call) -> Reduction:
     if not scheme.says_zero:
         program = marked(program, x, call, call.residual() if scheme.memory else None)
     return (yield from program)
+
+
+def _weights(bucket: Bucket, parameters: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([parameters[segment.name].detach().reshape(-1).float() for segment in bucket.segments])
 
 
 def _sample_places(bucket: Bucket) -> Tensor:

@@ -186,6 +186,7 @@ class Session:
             self._telemetry = Telemetry.from_environment(transport.rank)
         self._earlier = (self._tally.sent, self._tally.exposed_s)
         self._reducer = Reducer(self.config, transport, self._telemetry)
+        self._reducer.parameters = self.parameters
         self._tally.ranks = "1 rank" if transport.size == 1 else f"{transport.size} ranks"
         self._tally.speaks = transport.rank == 0
 

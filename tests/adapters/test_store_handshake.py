@@ -83,6 +83,29 @@ def test_rank_0_stays_until_the_others_have_read_a_bad_verdict() -> None:
         assert isinstance(other.exception(), MismatchError)
 
 
+def test_two_that_wait_under_another_name_are_told_at_once() -> None:
+    started = time.monotonic()
+    for heard in outcomes(dist.HashStore(), ["a", "b", "b"], [{"x": 1}, {"x": 2}, {"x": 1}], timeout=30.0):
+        assert "rank 1 differs from rank 0 in x" in heard
+    assert time.monotonic() - started < 10
+
+
+def test_rank_0_stays_for_one_that_comes_after_the_verdict() -> None:
+    def late() -> None:
+        time.sleep(1.0)
+        handshake(store, "Host", "a", 2, 3, {"x": 1}, timeout=10.0)
+
+    store = dist.HashStore()
+    with ThreadPoolExecutor(3) as pool:
+        last = pool.submit(late)
+        other = pool.submit(lambda: handshake(store, "Host", "a", 1, 3, {"x": 2}, timeout=10.0))
+        first = pool.submit(lambda: handshake(store, "Host", "a", 0, 3, {"x": 1}, timeout=10.0))
+        assert "rank 1 differs" in str(other.exception()) and not last.done()
+        for heard in (first.exception(), last.exception()):
+            assert isinstance(heard, MismatchError) and "rank 1 differs from rank 0 in x (1 on rank 0, 2" in str(heard)
+        assert store.check(["a/2/read"])
+
+
 def test_a_silent_rank_is_named() -> None:
     def one(rank: int) -> str:
         try:

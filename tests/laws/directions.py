@@ -19,9 +19,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "momentum": {"direction": "momentum"},
     "adam": {"direction": "adam"},
     "frozen_adam": {"direction": {"kind": "frozen_adam", "betas": [0.8, 0.9]}, "warmup_steps": WARM},
+    "frozen_lamb": {"direction": {"kind": "frozen_lamb", "betas": [0.8, 0.9]}, "warmup_steps": WARM},
     "zero_one_adam": {"direction": {"kind": "zero_one_adam", "betas": [0.8, 0.9], "refresh": 4}, "warmup_steps": 1},
 }
-SHARED = ["frozen_adam", "zero_one_adam"]
+ADAMS = ["frozen_adam", "zero_one_adam"]
+SHARED = [*ADAMS, "frozen_lamb"]
 #: Of signs, of kept values, of quantized values: what meets every branch of the engine.
 SOME = ["none", "ef_signsgd", "topk", "qsgd", "powersgd", "marsit", "scalecom"]
 UNFILTERED: dict[str, dict[str, Any]] = {"scalecom": {"beta": 1.0}}  # where the memory is what is owed
@@ -39,6 +41,7 @@ def moments(reducer: Reducer) -> dict[str, Any]:
 
 def moments_of(state: Mapping[str, Any]) -> dict[str, Any]:
     names = ("momentum", "adam_m", "adam_v", "shared_m", "shared_v", "adam_clock", "shared_clock")
+    names += ("lamb_fresh", "lamb_coeff", "lamb_factor", "lamb_scale")
     return {slot: named for kind in ("vectors", "tensors") for slot, named in state[kind].items() if slot in names}
 
 

@@ -40,7 +40,7 @@ def translate(config: Any) -> Any:
     loco = {**_DEFAULTS, **found}
     if not 0 <= loco["err_beta"] < 1:
         raise ConfigError(f"zero_optimization.{_LOCO}: err_beta must be from 0 to below 1, not {loco['err_beta']!r}")
-    block = {"scheme": "ecq_sgd", "bits": 4, "alpha": 1 - loco["err_beta"], "reset_steps": loco["reset_T"]}
+    block = {"scheme": "ecq_sgd", "bits": 4, "alpha": round(1 - loco["err_beta"], 12), "reset_steps": loco["reset_T"]}
     rest = {key: value for key, value in zero.items() if key not in (_LOCO, _GRADIENTS)}
     return {**config, "zero_optimization": rest, BLOCK: block}
 

@@ -18,7 +18,8 @@ from .differences import TIMEOUT_VARIABLE, differences
 #: Seconds to wait for the slowest rank; the environment variable `TIMEOUT_VARIABLE` overrides it.
 DEFAULT_TIMEOUT = 60.0
 _POLL_S = 0.02
-#: Seconds that rank 0 stays, so that the others can read a bad verdict before the store may go with it.
+#: Seconds that rank 0 stays when a rank is silent, so that the others can read so before the store may go with it.
+#: Where all are expected it stays as long as for the slowest.
 _FAREWELL_S = 10.0
 
 
@@ -91,30 +92,40 @@ class _Meeting:
         return f"compression_plugins/{self._host}/place/{rank}"
 
     def judge(self, name: str, size: int, facts: dict[str, Any]) -> str:
-        """Rank 0: compare, publish, and after a bad verdict wait until those who can read it have."""
-        verdict, places = "", {}
+        """Rank 0: compare, publish, and after a bad verdict wait until those who can read it have, however late they
+        come.
+        """
+        verdict, silent = "", 0
         for other in range(1, size):
             if not _until(lambda other=other: self._found(other, name), self._seconds):  # type: ignore[misc]
-                verdict = self._silent(other)
+                verdict, silent = self._silent(other), other
                 break
-            places[other] = name if self._store.check([f"{name}/{other}"]) else self._where(other)
-            theirs = json.loads(self._store.get(f"{places[other]}/{other}"))
+            place = name if self._store.check([f"{name}/{other}"]) else self._where(other)
+            theirs = json.loads(self._store.get(f"{place}/{other}"))
             difference = differences(facts, theirs)
-            if difference or places[other] != name:
+            if difference or place != name:
                 listed = "; ".join(difference) or "the number of equal models that it has made"
                 verdict = f"rank {other} differs from rank 0 in {listed}. Give every rank the same files"
                 break
         if not verdict:
             self._store.set(f"{name}/verdict", "")
             return ""
-        for other in range(1, size):
-            places.setdefault(other, self._where(other) if self._store.check([self.place(other)]) else name)
-        for place in {name, *places.values()}:
-            if not self._store.check([f"{place}/verdict"]):
-                self._store.set(f"{place}/verdict", verdict)
-        read = [f"{place}/{other}/read" for other, place in places.items() if self._store.check([f"{place}/{other}"])]
-        if read:
-            _until(lambda: self._store.check(read), _FAREWELL_S)
+        waiting, published = set(range(1, size)) - {silent}, set[str]()
+
+        def told() -> bool:
+            for other in sorted(waiting):
+                place = name
+                if not self._store.check([f"{name}/{other}"]) and self._store.check([self.place(other)]):
+                    where = self._where(other)  # which may be a meeting that is over
+                    place = where if where in published or self._found(other, name) else name
+                if place not in published:
+                    self._store.set(f"{place}/verdict", verdict)
+                    published.add(place)
+                if self._store.check([f"{place}/{other}/read"]):
+                    waiting.discard(other)
+            return not waiting
+
+        _until(told, _FAREWELL_S if silent else self._seconds)
         return verdict
 
     def verdict(self, name: str, rank: int) -> str:

@@ -7,6 +7,7 @@ fp32, live in the reducer's state beside the residual, and are saved, moved and 
 from __future__ import annotations
 
 from .base import GRADIENT, Direction, Gradient, Run
+from .lamb import FrozenLamb
 from .local import Adam, Momentum
 from .shared import FrozenAdam, ZeroOneAdam
 
@@ -16,6 +17,7 @@ KINDS: dict[str, type[Direction]] = {
     "momentum": Momentum,
     "adam": Adam,
     "frozen_adam": FrozenAdam,
+    "frozen_lamb": FrozenLamb,
     "zero_one_adam": ZeroOneAdam,
 }
 
@@ -25,6 +27,7 @@ __all__ = [
     "Adam",
     "Direction",
     "FrozenAdam",
+    "FrozenLamb",
     "Gradient",
     "Momentum",
     "Run",

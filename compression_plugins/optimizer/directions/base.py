@@ -38,6 +38,7 @@ class Direction(BaseModel):
     Attributes:
         kind: the word that selects it.
         formed: False for the gradient itself, which a host may also send as it is, in its own dtype and scale.
+        moments: fp32 values that it keeps of each element.
         shared: every rank keeps the same moments, the same bits, so each needs the whole of every average.
     """
 
@@ -45,6 +46,7 @@ class Direction(BaseModel):
 
     kind: str
     formed: ClassVar[bool] = True
+    moments: ClassVar[int] = 2
     shared: ClassVar[bool] = False
 
     def check(self, warmup_steps: int) -> None:
@@ -82,6 +84,7 @@ class Gradient(Direction):
 
     kind: Literal["gradient"] = "gradient"
     formed: ClassVar[bool] = False
+    moments: ClassVar[int] = 0
 
     def mean(self, x: Tensor, call: Call, run: Run) -> Reduction:
         return (yield from run(x, False))

@@ -6,7 +6,7 @@ averages nothing changes; the mean of the ranks' Adam directions is not the Adam
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 class Momentum(Direction):
     """m <- beta m + x; m is averaged. The direction of `torch.optim.SGD(momentum=beta)`."""
+
+    moments: ClassVar[int] = 1
 
     kind: Literal["momentum"] = "momentum"
     momentum: Decay = Field(0.9, description="decay, as in torch.optim.SGD")

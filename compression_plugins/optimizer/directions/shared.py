@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ...core.call import Call, Reduction, Segment
+    from ...core.memory import Vector
 
 
 class _SharedAdam(Direction):
@@ -63,18 +64,33 @@ class _SharedAdam(Direction):
         else:
             moves = second.old > 0
             x.mul_(1 - self.betas[0]).add_(first.old, alpha=self.betas[0]).mul_(moves)  # what is not finite stays so
+            scales = self._scales(first.old, call)
+            if scales:
+                torch._foreach_mul_(pieces_of(x, call), scales)
             mean = yield from run(x, False)
+            if scales:
+                torch._foreach_div_(pieces_of(mean, call), scales)
             healthy = finite(mean)
             torch.mul(mean, moves, out=first.new)
             restore_unless(healthy, first)
             second.new.copy_(second.old)
         unbias_m, unbias_v = ((1 - beta ** steps.clamp(min=1)).float() for beta in self.betas)
-        pieces = list(torch.sqrt(second.new, out=mean).split([s.numel for s in call.segments]))
+        pieces = pieces_of(torch.sqrt(second.new, out=mean), call)
         torch._foreach_div_(pieces, list(unbias_v.sqrt()))
         torch.div(first.new, mean.add_(self.eps), out=mean)
         if warming:
             torch._foreach_div_(pieces, list(unbias_m))
+        self._finish(mean, call, first, second, healthy, unbias_v)
         return nan_unless(healthy, mean)
+
+    def _scales(self, m: Tensor, call: Call) -> list[Tensor] | None:
+        """What every tensor of the bucket is multiplied by on its way; `m` is that of the last step."""
+        return None
+
+    def _finish(
+        self, direction: Tensor, call: Call, first: Vector, second: Vector, healthy: Tensor, unbias_v: Tensor
+    ) -> None:
+        """Change `direction`, flat fp32 [numel], once more."""
 
     def _clock(self, segment: Segment, x: Tensor, call: Call) -> Tensor:
         """The count of steps that a tensor's v stands for: 0. It is made when v is first measured, or not at all.
@@ -89,6 +105,11 @@ class _SharedAdam(Direction):
                 "learn from the first step on, or use direction: gradient"
             )
         return torch.zeros((), dtype=torch.float64, device=x.device)
+
+
+def pieces_of(flat: Tensor, call: Call) -> list[Tensor]:
+    """Views of the bucket's tensors."""
+    return list(flat.split([segment.numel for segment in call.segments]))
 
 
 class FrozenAdam(_SharedAdam):
@@ -109,7 +130,7 @@ class FrozenAdam(_SharedAdam):
     def check(self, warmup_steps: int) -> None:
         if not warmup_steps:
             raise ConfigError(
-                "direction: frozen_adam: a frozen variance needs a dense warm-up; set warmup_steps to some 15 percent "
+                f"direction: {self.kind}: a frozen variance needs a dense warm-up; set warmup_steps to some 15 percent "
                 "of the steps"
             )
 

@@ -42,6 +42,7 @@ communication_compression: {scheme: marsit, eta_s: auto, rows: auto, bucket_mb: 
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
+        "zero_optimization": {"stage": 0},
         "optimizer": {"type": "OneBitAdam", "params": {"lr": "auto", "freeze_step": 2}},
         "steps_per_print": 1000,
     }),

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from compression_plugins.adapters.deepspeed import zeropp
+from compression_plugins.optimizer import one_bit
 
 from .job import run_cases
 from .test_training import BF16, zero
@@ -37,6 +44,9 @@ OLD = {
 }
 LOCO = {**zero(2, zero_quantized_gradients=True, zeropp_loco_param={"err_beta": 0.8, "reset_T": 5})}
 
+TEXT = (Path(__file__).parents[3] / "docs/migrate-from-deepspeed-1bit.md").read_text(encoding="utf-8")
+PAGE = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL)]
+
 
 def case(kind: str, config: dict[str, Any] | None = None, steps: int = 12, **more: Any) -> dict[str, Any]:
     parameters = {"lr": 0.01, **(OLD.get(kind) or more.pop("params", {}))}
@@ -66,6 +76,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     block = {"communication_compression": {"scheme": "ecq_sgd", "bits": 4, "alpha": 0.2, "reset_steps": 5}}
     plain = {"params": {"torch_adam": True}, "steps": 8}
     cases["loco"], cases["block"] = case("Adam", LOCO, **plain), case("Adam", {**zero(2), **block}, **plain)
+    cases |= {f"page {i}": {"config": {**config, "steps_per_print": 1000}, "steps": 6} for i, config in enumerate(PAGE)}
     return run_cases(tmp_path_factory.mktemp("one_bit"), cases, timeout=280)
 
 
@@ -106,3 +117,22 @@ def test_a_gradient_that_is_not_finite_stays_out_of_moments_and_memory(reports: 
 def test_loco_is_the_block_that_the_page_names(reports: dict[str, Any]) -> None:
     assert torch.equal(reports["loco"][0]["weights"], reports["block"][0]["weights"])
     assert reports["loco"][0]["sent"] == reports["block"][0]["sent"] > 0
+
+
+@pytest.mark.parametrize("i", range(len(PAGE)))
+def test_every_config_of_the_page_trains_compressed(reports: dict[str, Any], i: int) -> None:
+    one, other = reports[f"page {i}"]
+    assert one["compressed"] and 0 < one["sent"] < one["dense"]
+    assert one["losses"][-1] < one["losses"][0]
+    assert torch.equal(one["weights"], other["weights"])
+
+
+def test_the_page_names_every_parameter_of_the_three() -> None:
+    for name in ("OneBitAdam", "OneBitLamb", "ZeroOneAdam"):
+        for key in inspect.signature(getattr(one_bit, name)).parameters:
+            assert key == "params" or f"`{key}`" in TEXT, key
+
+
+def test_the_page_says_which_block_loco_is() -> None:
+    old, new = (next(c for c in PAGE if word in json.dumps(c)) for word in ("zeropp_loco_param", "reset_steps"))
+    assert zeropp.translate(old) == new

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import nn
 
 
@@ -23,7 +23,8 @@ class Adapted(nn.Module):
 
 
 def main(folder: str) -> None:
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    PartialState(cpu=True)  # Accelerate sees no ranks otherwise on a machine without accelerators
+    accelerator = Accelerator(gradient_accumulation_steps=2)
     torch.manual_seed(0)
     model = nn.Sequential(Adapted(64), nn.ReLU(), Adapted(64), nn.Linear(64, 8))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
