@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,8 +19,11 @@ from ..errors import CompressionError, UnsupportedError
 from ..optimizer.directions import GRADIENT
 from ..schemes.base import NoCompression, Scheme
 from ..transports.base import Transport
+from ..transports.verified import Verified
 from ..triton_kernels import Key
 from .driver import Engine, Work
+from .health import Health
+from .ledger import Ledger
 from .marks import marked
 from .plan import Bucket
 from .state import CallSlots, State
@@ -63,12 +67,15 @@ class Reducer:
 
     def __init__(self, config: Config, transport: Transport, telemetry: Telemetry | None = None) -> None:
         config.check_ranks(transport.size)
-        self.config, self.transport, self.telemetry = config, transport, telemetry
+        self.config, self.telemetry = config, telemetry
+        self.transport = Verified(transport) if config.verify and transport.size > 1 else transport
+        self.health = Health(config.on_nonfinite, self.transport)
+        self.ledger = Ledger(transport.size, _period(config), config.every)
         self.state = State()
         self.engine = Engine(transport.ordered)
         self.step = 0
         self._uses: dict[int, int] = {}  # reductions of a bucket in this step: micro-batches
-        self._dense = 0  # bytes that a dense all-reduce would have sent
+        self._dense = 0.0  # bytes that the host would have sent
         self._samples: dict[Bucket, Tensor] = {}
 
     @property
@@ -143,8 +150,26 @@ class Reducer:
                 f"direction: {bucket.direction.kind} needs the whole average on every rank, not a shard of it: use "
                 "direction: gradient, or an all-reduce"
             )
-        self._dense += flat.numel() * flat.element_size()
-        return self.engine.run(self._program(bucket, flat, shards, absent, exact, around))
+        if bucket.role == "gradient":
+            self._dense += bucket.dense_bytes(self.transport.size)
+        judged = self.health.sends(bucket, flat) if self.health.on else False
+        work = self.engine.run(self._program(bucket, flat, shards, absent, exact, around))
+        if judged:
+            work.then(lambda average: self.health.gets(average, shards))
+        return work
+
+    def host_would_send(self, nbytes: float) -> None:
+        """Count bytes of gradients that do not travel in this step, as ranks train by themselves."""
+        self._dense += nbytes
+
+    def judge(self) -> None:
+        """All gradients of a backward pass are reduced; every rank calls it at the same point.
+
+        Raises:
+            NonFiniteError: one is not finite, and `on_nonfinite` is `raise`. Where it is `skip`, `health.ill` says so.
+        """
+        if self.health.on:
+            self.health.judge(self.step, self.transport.rank == 0)
 
     def reduce(self, bucket: Bucket, flat: Tensor, shards: Sequence[int] | None = None) -> Tensor:
         """`start`, then wait for the average, [bucket.numel]. Arguments and errors as there."""
@@ -166,6 +191,8 @@ class Reducer:
     def drop(self) -> None:
         """The gradients of this step are thrown away, before any optimizer has seen them: as if they had not been."""
         self._uses.clear()
+        self.ledger.drop()
+        self.health.clear()
         self.state.rollback()
 
     def keep(self) -> None:
@@ -180,14 +207,18 @@ class Reducer:
         """
         if skipped:
             self._uses.clear()
+            self.ledger.drop()
             self.engine.settle()
             self.state.rollback()
         else:
             self.keep()
+            if not self.warming:
+                self.ledger.end_step()
             self.step += 1
+        self.health.clear()
         if self.telemetry is not None:
             self.telemetry.step(self._counters(skipped))
-        self._dense = 0
+        self._dense = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """As of the last step that is done. Plain dicts, numbers and tensors; loads with
@@ -229,8 +260,12 @@ class Reducer:
         # With shared moments a rank without a gradient has something to say all the same.
         absent = frozenset() if direction.shared else absent | self._zero_tensors(bucket, flat)
         slots = CallSlots(self.state, bucket, bucket.role, absent)
+        view = self.transport.scoped(f"{bucket.id:08x}")
+        if isinstance(view, Verified):
+            view.about = f"the bucket of {bucket.segments[0].name!r}"
+        before = view.typical
         call = Call(
-            transport=self.transport.scoped(f"{bucket.id:08x}"),
+            transport=view,
             key=Key(self.config.seed, bucket.id, self.step, self.transport.rank, stream(Purpose.ENCODE, use)),
             clock=Clock(self.step, use, (self.step - self.config.warmup_steps) // self.config.every),
             segments=bucket.segments,
@@ -251,7 +286,10 @@ class Reducer:
 
         try:
             program = direction.mean(flat, call, run)
-            return (yield from (around(program, call) if around else program))
+            result = yield from (around(program, call) if around else program)
+            if not self.warming:
+                self.ledger.book(bucket, view.typical - before, shards is not None)
+            return result
         finally:
             slots.close()
 
@@ -273,11 +311,10 @@ class Reducer:
         )
 
     def _counters(self, skipped: bool) -> Counters:
-        size = self.transport.size
         return Counters(
             step=self.step,
             sent=self.transport.sent,
-            dense=2 * self._dense * (size - 1) / size,
+            dense=self._dense,
             norm=self.state.norm,
             state_bytes=self.state.nbytes(),
             seconds=self.engine.seconds,
@@ -291,6 +328,13 @@ def _average(scheme: Scheme, x: Tensor, call: Call) -> Reduction:
     if not scheme.says_zero:
         program = marked(program, x, call, call.residual() if scheme.memory else None)
     return (yield from program)
+
+
+def _period(config: Config) -> int:
+    """Steps after which the traffic of all schemes repeats itself."""
+    schemes = [config.scheme, *(rule.scheme for rule in config.rules)]
+    share = config.direction.exact_share
+    return math.lcm(*(scheme.period for scheme in schemes), round(1 / share) if share else 1)
 
 
 def _sample_places(bucket: Bucket) -> Tensor:
