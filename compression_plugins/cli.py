@@ -25,6 +25,8 @@ GROUP = "compression_plugins.commands"
 #: without it knows their names too, and says what is missing.
 COMMANDS = {
     "advise": "which scheme pays on your network, and how much",
+    "explain": "the start-up table of a job, tensor by tensor, without a job",
+    "watch": "a live view of a job's telemetry",
     "bench": "time kernels or schemes on this machine, or measure an experiment of real jobs (needs the repository)",
     "report": "page and pictures of what `bench` has measured; needs the repository",
     "horovodrun": "horovodrun with --compression, where the plain command cannot be extended",
@@ -63,6 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .advise import command
 
         return _run(name, command, rest)
+    if name == "explain":
+        from .advise import explain
+
+        return _run(name, explain, rest)
+    if name == "watch":
+        from .engine import watch
+
+        return _run(name, watch, rest)
     if name == "bench" and (not rest or rest[0] in ("kernels", "schemes", "-h", "--help")):
         from .bench.__main__ import main as bench
 

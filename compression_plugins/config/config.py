@@ -65,6 +65,16 @@ class Settings(BaseModel):
         1, description="optimizer steps that each rank takes by itself between exchanges; 1: gradients travel in each"
     )
     outer: Outer = Field(Outer(), description="of every > 1: what becomes of the mean drift of the weights")
+    verify: bool = Field(
+        False, description="a checksum in every message that is not a sum; damage ends the job and names the sender"
+    )
+    check_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps after which ranks compare all parameters, to the bit; 0: never"
+    )
+    on_nonfinite: Literal["pass", "raise", "skip"] = Field(
+        "pass",
+        description="of a gradient that is not finite: pass it on as the host does, end the job, or skip the step",
+    )
     direction: SerializeAsAny[Direction] = Field(
         GRADIENT, description="what travels: a word, or a mapping of `kind` and its parameters; `optimizer.directions`"
     )
@@ -123,6 +133,11 @@ class Config(Settings):
     def suits_adam(self) -> bool:
         """Whether gradients that travel in each step reach the loss of dense training under Adam; see `Scheme`."""
         return all(scheme.suits_adam for scheme in (self.scheme, *(rule.scheme for rule in self.rules)))
+
+    @property
+    def watches(self) -> bool:
+        """Whether something is looked at beside the reduction, also of gradients that travel as they are."""
+        return self.verify or self.check_every > 0 or self.on_nonfinite != "pass"
 
     def check_ranks(self, size: int) -> None:
         """Raises `UnsupportedError` if a scheme cannot run on `size` ranks."""
@@ -217,6 +232,11 @@ def _check_rounds(settings: Settings) -> None:
         raise ConfigError("outer is what becomes of local steps, and there are none: set every to 2 or more")
     if outer.nesterov and not outer.momentum:
         raise ConfigError("outer.nesterov needs a momentum: set outer.momentum, or leave nesterov at false")
+    if settings.every > 1 and settings.on_nonfinite != "pass":
+        raise ConfigError(
+            f"with every: {settings.every} gradients do not travel, so ranks cannot agree on on_nonfinite: "
+            f"{settings.on_nonfinite}: leave it at pass, or set every to 1"
+        )
     if settings.every > 1 and direction.formed:
         raise ConfigError(
             f"with every: {settings.every} gradients do not travel, so no direction: {direction.kind} is formed: "

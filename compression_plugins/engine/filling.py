@@ -119,6 +119,7 @@ class Fillings:
         """Wait for everything that was started, and give it back."""
         self._reducer.drain()
         self.clear()
+        self._reducer.judge()
 
     def clear(self) -> None:
         """Forget gradients that have come, after an abort."""

@@ -76,6 +76,11 @@ def current() -> Tensor | None:
     return scales[0] if scales else None
 
 
+def in_use() -> bool:
+    """Whether a scaler is: it looks for values that are not finite, and skips steps, by itself."""
+    return any(scaler.is_enabled() and scaler._scale is not None for scaler in list(_scalers))
+
+
 @functools.cache
 def _say_once() -> None:
     warn("several GradScalers are in use: residuals are in units of the scaled loss, and change with the scale")

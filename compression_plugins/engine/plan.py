@@ -42,12 +42,13 @@ class TensorSpec(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The decision for one tensor; `reason` says why it travels as it is."""
+    """The decision for one tensor; `reason` says why it travels as it is, `rule` which rule chose its scheme."""
 
     name: str
     numel: int
     scheme: Scheme
     reason: str = ""
+    rule: str = ""
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,8 @@ def _decide(config: Config, spec: TensorSpec) -> Row:
 def _choose(config: Config, spec: TensorSpec) -> Row:
     for rule in config.rules:
         if fnmatchcase(spec.name, rule.match):
-            reason = f"rule {rule.match!r}" if rule.scheme.host_dense else ""
-            return Row(spec.name, spec.numel, rule.scheme, reason)
+            why = f"rule {rule.match!r}"
+            return Row(spec.name, spec.numel, rule.scheme, why if rule.scheme.host_dense else "", why)
     if config.scheme.host_dense:
         return Row(spec.name, spec.numel, config.scheme)
     reason = _why_dense(config, spec)

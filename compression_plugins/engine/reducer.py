@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,8 +20,11 @@ from ..errors import CompressionError, UnsupportedError
 from ..optimizer.directions import GRADIENT
 from ..schemes.base import NoCompression, Scheme
 from ..transports.base import Transport
+from ..transports.verified import Verified
 from ..triton_kernels import Key
 from .driver import Engine, Work
+from .health import Health
+from .ledger import Ledger
 from .marks import marked
 from .plan import Bucket
 from .state import CallSlots, State
@@ -66,13 +70,16 @@ class Reducer:
 
     def __init__(self, config: Config, transport: Transport, telemetry: Telemetry | None = None) -> None:
         config.check_ranks(transport.size)
-        self.config, self.transport, self.telemetry = config, transport, telemetry
+        self.config, self.telemetry = config, telemetry
+        self.transport = Verified(transport) if config.verify and transport.size > 1 else transport
+        self.health = Health(config.on_nonfinite, self.transport)
+        self.ledger = Ledger(transport.size, _period(config), config.every)
         self.state = State()
         self.engine = Engine(transport.ordered)
         self.step, self.beside = 0, 0.0
         self.parameters: Mapping[str, Tensor] = {}
         self._uses: dict[int, int] = {}  # reductions of a bucket in this step: micro-batches
-        self._dense = 0  # bytes that a dense all-reduce would have sent
+        self._dense = 0.0  # bytes that the host would have sent
         self._samples: dict[Bucket, Tensor] = {}
 
     @property
@@ -147,8 +154,26 @@ class Reducer:
                 f"direction: {bucket.direction.kind} needs the whole average on every rank, not a shard of it: use "
                 "direction: gradient, or an all-reduce"
             )
-        self._dense += flat.numel() * flat.element_size() // (2 if bucket.host_scatters else 1)
-        return self.engine.run(self._program(bucket, flat, shards, absent, exact, around))
+        if bucket.role == "gradient":
+            self._dense += bucket.dense_bytes(self.transport.size)
+        judged = self.health.sends(bucket, flat) if self.health.on else False
+        work = self.engine.run(self._program(bucket, flat, shards, absent, exact, around))
+        if judged:
+            work.then(lambda average: self.health.gets(average, shards))
+        return work
+
+    def host_would_send(self, nbytes: float) -> None:
+        """Count bytes of gradients that do not travel in this step, as ranks train by themselves."""
+        self._dense += nbytes
+
+    def judge(self) -> None:
+        """All gradients of a backward pass are reduced; every rank calls it at the same point.
+
+        Raises:
+            NonFiniteError: one is not finite, and `on_nonfinite` is `raise`. Where it is `skip`, `health.ill` says so.
+        """
+        if self.health.on:
+            self.health.judge(self.step, self.transport.rank == 0)
 
     def reduce(self, bucket: Bucket, flat: Tensor, shards: Sequence[int] | None = None) -> Tensor:
         """`start`, then wait for the average, [bucket.numel]. Arguments and errors as there."""
@@ -170,6 +195,8 @@ class Reducer:
     def drop(self) -> None:
         """The gradients of this step are thrown away, before any optimizer has seen them: as if they had not been."""
         self._uses.clear()
+        self.ledger.drop()
+        self.health.clear()
         self.state.rollback()
 
     def keep(self) -> None:
@@ -184,14 +211,18 @@ class Reducer:
         """
         if skipped:
             self._uses.clear()
+            self.ledger.drop()
             self.engine.settle()
             self.state.rollback()
         else:
             self.keep()
+            if not self.warming:
+                self.ledger.end_step()
             self.step += 1
+        self.health.clear()
         if self.telemetry is not None:
             self.telemetry.step(self._counters(skipped))
-        self._dense, self.beside = 0, 0.0
+        self._dense, self.beside = 0.0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """As of the last step that is done. Plain dicts, numbers and tensors; loads with
@@ -233,8 +264,12 @@ class Reducer:
         # With shared moments a rank without a gradient has something to say all the same.
         absent = frozenset() if direction.shared else absent | self._zero_tensors(bucket, flat)
         slots = CallSlots(self.state, bucket, bucket.role, absent)
+        view = self.transport.scoped(f"{bucket.id:08x}")
+        if isinstance(view, Verified):
+            view.about = f"the bucket of {bucket.segments[0].name!r}"
+        before = view.typical
         call = Call(
-            transport=self.transport.scoped(f"{bucket.id:08x}"),
+            transport=view,
             key=Key(self.config.seed, bucket.id, self.step, self.transport.rank, stream(Purpose.ENCODE, use)),
             clock=Clock(self.step, use, (self.step - self.config.warmup_steps) // self.config.every),
             segments=bucket.segments,
@@ -256,7 +291,10 @@ class Reducer:
 
         try:
             program = direction.mean(flat, call, run)
-            return (yield from (around(program, call) if around else program))
+            result = yield from (around(program, call) if around else program)
+            if not self.warming:
+                self.ledger.book(bucket, view.typical - before, shards is not None)
+            return result
         finally:
             slots.close()
 
@@ -278,11 +316,10 @@ class Reducer:
         )
 
     def _counters(self, skipped: bool) -> Counters:
-        size = self.transport.size
         return Counters(
             step=self.step,
             sent=self.transport.sent,
-            dense=2 * self._dense * (size - 1) / size + self.beside,
+            dense=self._dense + self.beside,
             norm=self.state.norm,
             state_bytes=self.state.nbytes(),
             seconds=self.engine.seconds,
@@ -300,6 +337,13 @@ def _average(scheme: Scheme, x: Tensor, call: Call) -> Reduction:
 
 def _weights(bucket: Bucket, parameters: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([parameters[segment.name].detach().reshape(-1).float() for segment in bucket.segments])
+
+
+def _period(config: Config) -> int:
+    """Steps after which the traffic of all schemes repeats itself."""
+    schemes = [config.scheme, *(rule.scheme for rule in config.rules)]
+    share = config.direction.exact_share
+    return math.lcm(*(scheme.period for scheme in schemes), round(1 / share) if share else 1)
 
 
 def _sample_places(bucket: Bucket) -> Tensor:

@@ -22,10 +22,12 @@ from ..optimizer.plain import check_plain
 from ..transports.base import Transport
 from . import loss_scale, patterns
 from .exchange import UpdateExchange
+from .ledger import Ledger
 from .notice import announce, warn
 from .plan import Plan, TensorSpec, make_plan
 from .preload import preload
 from .reducer import Reducer
+from .replicas import compare
 from .telemetry import Telemetry
 
 #: Numbers the sessions of a group of ranks in the order of their first use.
@@ -44,6 +46,8 @@ class _Tally:
     dense: float = 0.0
     sent: float = 0.0
     exposed_s: float = 0.0
+    ledger: Ledger | None = None
+    reductions: int = 1
 
     def report(self) -> None:
         if self.speaks and self.steps:
@@ -53,6 +57,9 @@ class _Tally:
                 f"(dense {self.dense / self.steps / 1e6:.3f} MB, {self.dense / max(self.sent, 1):.1f}x), "
                 f"{1e3 * self.exposed_s / self.steps:.2f} ms of communication exposed per step"
             )
+            fault = self.ledger.report(self.reductions) if self.ledger is not None else ""
+            if fault:
+                warn(f"{self.host}: {fault}")
 
 
 class Session:
@@ -112,7 +119,7 @@ class Session:
         self.hooks: list[StepHook] = []
         self._local_updates: LocalUpdates | None = None
         self._finished = -1  # the step at which a last round was exchanged
-        self._makes_hooks = False
+        self._makes_hooks = self._compares = False
         self.reductions = 1
         self._speaks, self._warned = speaks, False
         self._reducer: Reducer | None = None
@@ -279,6 +286,9 @@ class Session:
         """
         reducer = self.reducer
         dense = sum(bucket.dense_bytes(reducer.transport.size) for bucket in self.plan.buckets)
+        skipped = skipped or reducer.health.ill
+        if reducer.local:
+            reducer.host_would_send(dense)
         dense = dense * self.reductions + reducer.beside
         if not skipped and not reducer.warming:
             for hook in reversed(self.hooks):
@@ -287,10 +297,27 @@ class Session:
         self._tally.steps += 1
         self._tally.dense += dense
         self._book()
+        if not skipped:
+            self._compare_replicas()
+
+    @property
+    def ill(self) -> bool:
+        """Whether this step is to be skipped, on every rank alike, for a gradient that is not finite."""
+        return self.started and self.reducer.health.ill
+
+    def _compare_replicas(self) -> None:
+        """Every `check_every` steps; where ranks train by themselves, at the next exchange."""
+        config, step = self.config, self.reducer.step
+        self._compares |= bool(config.check_every and step % config.check_every == 0)
+        apart = step > config.warmup_steps and (step - config.warmup_steps) % config.every
+        if self._compares and not apart and self.reducer.transport.size > 1:
+            self._compares = False
+            compare(self.parameters, self.reducer.transport, step)
 
     def _book(self) -> None:
         self._tally.sent = self._earlier[0] + self.reducer.transport.sent
         self._tally.exposed_s = self._earlier[1] + self.reducer.engine.seconds.exposed
+        self._tally.ledger, self._tally.reductions = self.reducer.ledger, self.reductions
 
     def finish(self, optimizer: Any = None) -> None:
         """Training is over, on every rank: exchange what a last, partial round has learned."""

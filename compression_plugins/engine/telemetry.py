@@ -28,7 +28,7 @@ class Counters(NamedTuple):
     Attributes:
         step: optimizer steps done.
         sent: payload bytes, all steps.
-        dense: bytes that a dense ring would have sent in this step, in the dtype of what was reduced.
+        dense: bytes that the host would have sent in this step: a dense ring, in the dtype of the parameters.
         norm: gives the Euclidean norm of the residuals.
         state_bytes: bytes of state.
         seconds: by phase, all steps.
@@ -64,6 +64,7 @@ class Telemetry:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
             self._file = open(target, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._sent, self._seconds, self._lines = 0.0, dict.fromkeys(PHASES, 0.0), 0
+        self._dense = 0.0  # since something was sent last
 
     @classmethod
     def from_environment(cls, rank: int) -> Telemetry | None:
@@ -76,13 +77,17 @@ class Telemetry:
     def step(self, now: Counters) -> None:
         """Record the step that has just ended."""
         sent, self._sent = now.sent - self._sent, now.sent
+        self._dense += now.dense
+        ratio = self._dense / sent if sent else None
+        if sent:
+            self._dense = 0.0
         seconds = {name: getattr(now.seconds, name) for name in PHASES}
         spent = {f"{name}_s": round(seconds[name] - self._seconds[name], 6) for name in PHASES}
         self._seconds = seconds
         values = {
             "step": now.step,
             "sent_bytes": round(sent),
-            "ratio": round(now.dense / sent, 3) if sent else None,
+            "ratio": None if ratio is None else round(ratio, 3),
             "residual_norm": now.norm() if self._lines % NORM_EVERY == 0 else None,
             "state_bytes": now.state_bytes,
             **spent,

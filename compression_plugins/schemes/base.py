@@ -76,6 +76,11 @@ class Scheme(BaseModel):
         return GATHER if self.memory else TWO_STAGE
 
     @property
+    def period(self) -> int:
+        """Rounds after which what is sent repeats itself; the mean over them is what `wire_bits` says."""
+        return 1
+
+    @property
     def says_zero(self) -> bool:
         """False where a code has no word for 0, as a sign has none. What is zero on every rank is then told beside the
         message, one bit per row, and stays zero; `engine.marks` does it for the scheme.

@@ -97,6 +97,10 @@ class Marsit(Scheme):
             yield from self._scale(residual.new, healthy, etas, call)
         return _apply(bits, healthy, residual.new, etas, call, x)
 
+    @property
+    def period(self) -> int:
+        return 1 if self.memory is None else self.flush_steps
+
     def wire_bits(self, segments: Sequence[Segment], size: int) -> float:
         numel = total(segments)
         if self.memory is None:

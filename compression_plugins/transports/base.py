@@ -56,6 +56,8 @@ class Transport(ABC):
         rank, size: this process among those that take part.
         sent: payload bytes that this rank has sent so far, as a ring would send them (the network interface adds
         headers).
+        typical: bytes that the operations of this object, not of other views, send on the mean rank. Ranks differ where
+            shards do: who owns more sends less.
         ordered: True where every rank must start operations in the same order (torch.distributed); False where
             operations find each other by name (Horovod), so that work may be advanced whenever it happens to be ready.
     """
@@ -65,7 +67,7 @@ class Transport(ABC):
     ordered: bool = True
 
     def __init__(self) -> None:
-        self.sent = 0.0
+        self.sent = self.typical = 0.0
 
     def sums(self, dtype: torch.dtype) -> bool:
         """Whether `all_reduce` takes tensors of `dtype`."""
@@ -73,12 +75,12 @@ class Transport(ABC):
 
     def all_reduce(self, x: Tensor) -> Handle:
         """Elementwise sum over ranks, in the dtype of `x`."""
-        self._count(2 * (self.size - 1) / self.size * _nbytes(x))
+        self._sends(2 * (self.size - 1) / self.size * _nbytes(x))
         return self._all_reduce(x)
 
     def all_gather(self, x: Tensor) -> Handle:
         """Every rank's `x` (same length everywhere) as rows of [size, numel], in rank order."""
-        self._count((self.size - 1) * _nbytes(x))
+        self._sends((self.size - 1) * _nbytes(x))
         return self._all_gather(x)
 
     def all_gather_uneven(self, x: Tensor, lengths: Sequence[int]) -> Handle:
@@ -93,11 +95,12 @@ class Transport(ABC):
         rank order. `x` is as long on every rank.
         """
         self._count((sum(send) - send[self.rank]) * x.element_size())
+        self.typical += sum(send) * (self.size - 1) / self.size * x.element_size()
         return self._all_to_all(x, send, receive)
 
     def broadcast(self, x: Tensor, root: int) -> Handle:
         """Rank `root`'s `x`; the others pass a tensor of the same length and dtype, whose content is not read."""
-        self._count((self.size - 1) / self.size * _nbytes(x))
+        self._sends((self.size - 1) / self.size * _nbytes(x))
         return self._broadcast(x, root)
 
     def reduce_scatter(self, x: Tensor, shards: Sequence[int]) -> Handle:
@@ -115,7 +118,7 @@ class Transport(ABC):
 
         Every rank takes part: `to` and `source` are a permutation of ranks and its inverse.
         """
-        self._count(_nbytes(x) if to != self.rank else 0)
+        self._sends(_nbytes(x) if to != self.rank else 0)
         return self._send_recv(x, to, source, receive)
 
     @abstractmethod
@@ -132,6 +135,10 @@ class Transport(ABC):
         Raises:
             UnsupportedError: the host cannot make groups.
         """
+
+    def _sends(self, nbytes: float) -> None:
+        self.typical += nbytes
+        self._count(nbytes)
 
     def _count(self, nbytes: float) -> None:
         self.sent += nbytes

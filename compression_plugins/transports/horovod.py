@@ -16,7 +16,7 @@ from horovod.common import process_sets as hvd_process_sets
 from horovod.torch import mpi_ops
 from torch import Tensor
 
-from ..errors import UnsupportedError
+from ..errors import CompressionError, UnsupportedError
 from .base import Done, Handle, Transport
 from .waiting import stay_awake
 
@@ -46,7 +46,7 @@ class HorovodTransport(Transport):
 
     def scoped(self, name: str) -> HorovodTransport:
         view = object.__new__(HorovodTransport)
-        view.__dict__.update(self.__dict__, _name=f"{self._name}.{name}", _calls=0)
+        view.__dict__.update(self.__dict__, _name=f"{self._name}.{name}", _calls=0, typical=0.0)
         return view
 
     def subgroup(self, ranks: Sequence[int]) -> HorovodTransport:
@@ -83,7 +83,16 @@ class HorovodTransport(Transport):
         if x.numel() == 0:
             return Done(x.new_empty(self.size, 0))
         handle = mpi_ops.allgather_async(x, **self._next("gather"))
-        return HorovodHandle(handle, lambda out: out.view(self.size, x.numel()))
+
+        def check(out: Tensor) -> Tensor:
+            if out.numel() != self.size * x.numel():
+                raise CompressionError(
+                    f"all-gather of rank {self.rank}: {self.size} ranks sent {out.numel()} elements in all, where each "
+                    f"should send {x.numel()}"
+                )
+            return out.view(self.size, x.numel())
+
+        return HorovodHandle(handle, check)
 
     def _all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Handle:
         splits = torch.tensor(send, dtype=torch.int32)
@@ -91,7 +100,12 @@ class HorovodTransport(Transport):
 
         def check(out: tuple[Tensor, Tensor]) -> Tensor:
             if out[1].tolist() != list(receive):
-                raise RuntimeError(f"all-to-all: rank {self.rank} expected {list(receive)}, was sent {out[1].tolist()}")
+                found = out[1].tolist()
+                wrong = [rank for rank, n in enumerate(receive) if found[rank] != n]
+                raise CompressionError(
+                    f"all-to-all of rank {self.rank}: rank {wrong[0]} sent {found[wrong[0]]} elements where "
+                    f"{receive[wrong[0]]} were due"
+                )
             return out[0]
 
         return HorovodHandle(handle, check)

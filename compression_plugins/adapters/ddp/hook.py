@@ -30,6 +30,7 @@ from ...engine.session import Session
 from ...engine.state import reshard
 from ...errors import CompressionError, UnsupportedError
 from ...transports.torch_distributed import TorchDistributed
+from ..shared import forward
 from ..shared.forward import after_this_backward, watch_parts
 from ..shared.store_handshake import handshake
 from .model import hook_of, image, refuse, sparse
@@ -248,6 +249,11 @@ class Compression:
 
     def before_forward(self, training: bool) -> None:
         """A forward pass with gradients begins."""
+        if self._joining() and self.session.config.check_every:
+            raise UnsupportedError(
+                "DDP compression: in join() ranks without data take no steps, so that check_every cannot compare "
+                "parameters; set check_every: 0, or give every rank the same number of batches"
+            )
         if self._joining() and self.session.config.every > 1:
             raise UnsupportedError(
                 "DDP compression: in join() ranks without data add zeros to gradients, which with every > 1 do not "
@@ -284,6 +290,8 @@ class Compression:
         if self._holds(optimizer):
             self.session.check_optimizer(optimizer)
         self.session.after_backward()  # of a forward pass that no backward pass followed
+        if self.session.ill and self._holds(optimizer):
+            forward.withhold(optimizer)
 
     def stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer, perhaps of other parameters, has stepped."""

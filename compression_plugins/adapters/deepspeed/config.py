@@ -155,6 +155,20 @@ def refuse_local_steps(engine: Any, config: Config) -> None:
     ))  # fmt: skip
 
 
+def refuse_skips(engine: Any, config: Config) -> None:
+    """Raise `UnsupportedError` where a step cannot be skipped."""
+    from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
+
+    flat = isinstance(engine.optimizer, DeepSpeedOptimizer) and not engine.zero_optimization()
+    refuse((
+        (
+            config.on_nonfinite == "skip" and flat and not engine.fp16_enabled(),
+            "on_nonfinite: skip: DeepSpeed's bf16 optimizer at ZeRO stage 0 has no way to skip a step",
+            "set zero_optimization.stage to 1 or 2, or on_nonfinite to raise",
+        ),
+    ))  # fmt: skip
+
+
 def refuse_direction(engine: Any, config: Config, size: int) -> None:
     """Raise `UnsupportedError` for a direction that cannot be formed in this engine."""
     kind, stage = config.direction.kind, int(engine.zero_optimization_stage())

@@ -22,6 +22,7 @@ from .config import (
     refuse_direction,
     refuse_engine,
     refuse_local_steps,
+    refuse_skips,
     wire_dtype,
     wrap_config,
     wrap_loader,
@@ -95,6 +96,7 @@ def attach(engine: Any, config: Config) -> DeepSpeedSession | None:
     refuse_engine(engine)
     one_bit.check(engine)
     refuse_local_steps(engine, config)
+    refuse_skips(engine, config)
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     refuse_direction(engine, config, size)
     if size == 1:
@@ -121,6 +123,10 @@ def attach(engine: Any, config: Config) -> DeepSpeedSession | None:
     common.preload(session.rank, session.size, sharded=zero3 or (zero and _sharded(engine.optimizer)))
     backend = comm.cdb = CompressedBackend.adopt(comm.cdb)
     session.start(hooks=not partitioned)
+    if engine.fp16_enabled():
+        session.reducer.health.on = False  # DeepSpeed looks for overflows, and skips
+    elif zero and config.on_nonfinite == "skip":
+        engine.optimizer.check_grad_overflow = True
     meetings = iter(range(sys.maxsize))
     weights = gathered_weights(
         session,

@@ -16,7 +16,7 @@ from ...engine.plan import Plan
 from ...engine.reducer import Reducer
 from ...engine.session import Session
 from ...transports.torch_distributed import TorchDistributed
-from ..shared.forward import begin_forward
+from ..shared.forward import begin_forward, withhold
 from .config import wire_dtype
 from .fetches import Fetches
 from .routes import Part, Router, in_wire_dtype, scatters
@@ -248,6 +248,7 @@ class DeepSpeedSession:
             boundary: whether the optimizer's step is due.
         """
         self.reducer.drain()
+        self.reducer.judge()
         self._reduced = boundary
 
     def begin(self, accumulates: bool) -> None:
@@ -284,11 +285,17 @@ class DeepSpeedSession:
         if self.weights is not None:
             self.weights.begin_step()
         self.stepping = True
+        optimizer = self.engine.optimizer
+        withheld = self.common.ill and not hasattr(optimizer, "overflow")
+        if withheld:  # a plain torch optimizer: others skip by themselves
+            withhold(optimizer)
+            optimizer.overflow = True  # so that DeepSpeed counts the step as skipped
         try:
             yield
         finally:
             self.stepping = self._reduced = False
-        optimizer = self.engine.optimizer
+            if withheld:
+                del optimizer.overflow
         self.common.end_step(bool(getattr(optimizer, "overflow", False)), getattr(optimizer, "optimizer", optimizer))
 
     def exact(self) -> AbstractContextManager[None]:

@@ -176,7 +176,7 @@ def _chosen(compression: Any) -> Any:
     if isinstance(compression, SchemeCompressor):
         config = compression.config
         schemes = (config.scheme, *(rule.scheme for rule in config.rules))
-        plain = config.every == 1 and not config.direction.formed
+        plain = config.every == 1 and not config.direction.formed and not config.watches
         if plain and all(scheme.host_dense for scheme in schemes):
             return NoneCompressor  # nothing to compress: Horovod's own path
     return compression
@@ -260,6 +260,7 @@ def _synchronize(original: Callable[..., None]) -> Callable[..., None]:
         session.begin_synchronize()
         original(self)
         session.end_synchronize()
+        session.withhold()
 
     return synchronize
 
@@ -270,11 +271,12 @@ def _step(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def step(self: Any, closure: Any = None) -> Any:
         session: HorovodSession | None = self._compression_session
-        if session is not None:
-            session.after_backward()
-        loss = original(self, closure)
-        if session is not None:
-            session.stepped(self)
+        if session is None:
+            return original(self, closure)
+        session.after_backward()
+        with session.stepping(self):
+            loss = original(self, closure)
+        session.stepped(self)
         return loss
 
     return step

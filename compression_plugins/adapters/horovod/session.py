@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from horovod.torch import mpi_ops
@@ -74,6 +75,7 @@ class HorovodSession(Session):
         self._given: dict[Tensor, Tensor] = {}  # what becomes the average: the gradient itself, or it made dense
         self._collected = False
         self._synchronizing = False
+        self._stepping: Any = None  # the optimizer that takes a step now
         self._backward = False  # a gradient has come since the last `synchronize()`
         self._pending: dict[Tensor, Tensor | None] = {}  # gradients that are reduced, of which no step was made yet
         sessions.add(self)
@@ -146,6 +148,21 @@ class HorovodSession(Session):
             self._fillings.collect()
             self._collected = True
         return self._given[p]
+
+    @contextmanager
+    def stepping(self, optimizer: Any) -> Iterator[None]:
+        """Around the optimizer's step, which may synchronize."""
+        self._stepping = optimizer
+        try:
+            self.withhold()
+            yield
+        finally:
+            self._stepping = None
+
+    def withhold(self) -> None:
+        """In a step that is to be skipped, the optimizer gets no gradients."""
+        if self._stepping is not None and self.ill:
+            forward.withhold(self._stepping)
 
     def stepped(self, optimizer: Any) -> None:
         """The optimizer has stepped; if it was with gradients of this session, their step is over."""
@@ -258,6 +275,11 @@ class HorovodSession(Session):
             UnsupportedError: a bucket needs more than sums, and would crash Horovod's communication thread; or moments
                 that all ranks share, of which one that has joined learns nothing.
         """
+        if self.config.check_every:
+            raise UnsupportedError(
+                "horovod compression: after hvd.join() a rank takes no steps, so that check_every cannot compare "
+                "parameters; set check_every: 0, or give every rank the same number of steps"
+            )
         if self.config.every > 1:
             raise UnsupportedError(
                 "horovod compression: after hvd.join() a rank can only add zeros to sums, and with every > 1 it would "

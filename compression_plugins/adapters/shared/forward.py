@@ -85,3 +85,12 @@ def _read(session: weakref.ref[Session]) -> None:
     owner = session()
     if owner is not None:
         owner.before_read()
+
+
+def withhold(optimizer: Any) -> None:
+    """Take all gradients from a torch optimizer that is about to step, so that it changes nothing: parameters without
+    one keep their values, their moments and their counts.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = None
