@@ -68,6 +68,9 @@ class Bucket:
     host_scatters: bool = False
     direction: Direction = GRADIENT
 
+    def __hash__(self) -> int:
+        return self.id  # of all segments would take long, and books are kept by bucket at every step
+
     @cached_property
     def numel(self) -> int:
         """Number of elements of all segments."""
