@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compression_plugins.engine.session import Session
 from compression_plugins.errors import ConfigError, UnsupportedError
+from compression_plugins.transports.local import LocalWorld
 
 from ..world import SHAPES, World, config, mean
 
@@ -83,3 +85,16 @@ def test_where_the_weights_are_not_shown_it_is_refused() -> None:
 def test_bounds_that_cross_are_refused(keys: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="is above"):
         config("none", direction={"kind": "frozen_lamb", **keys}, warmup_steps=2)
+
+
+def test_a_session_shows_the_weights_of_its_parameters() -> None:
+    p = torch.nn.Parameter(torch.full((40, 30), 2.0))
+    session = Session("Host", config("ef_signsgd", direction="frozen_lamb", warmup_steps=2), {"w": p}, speaks=False)
+    session.start(LocalWorld(1).transports[0])
+    (bucket,) = session.plan.buckets
+    one = session.reducer.reduce(bucket, torch.ones(1200))
+    torch.testing.assert_close(one, torch.full((1200,), 2.0), rtol=1e-5, atol=0)  # ratio 2, step 1
+    session.end_step()
+    with torch.no_grad():
+        p.fill_(0.5)
+    torch.testing.assert_close(session.reducer.reduce(bucket, torch.ones(1200)), torch.full((1200,), 0.5))
