@@ -97,7 +97,7 @@ class OneBitAdam(OneBit):
             steps = [int(step) for step in self._of(live, "step")]
             beta1, beta2 = group["betas"]
             torch._foreach_div_(roots, [(1 - beta2 ** min(t, self.freeze_step)) ** 0.5 for t in steps])
-            top = torch._foreach_div(m, [1 - beta1**t for t in steps])
+            top = list(torch._foreach_div(m, [1 - beta1**t for t in steps]))
         else:
             top = m
         torch._foreach_add_(roots, group["eps"])

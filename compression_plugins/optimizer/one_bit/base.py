@@ -73,7 +73,7 @@ class OneBit(torch.optim.Optimizer):
         self._tell()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, from gradients that are averages while `average_gradients` is on, and this rank's own else."""
         loss = None
         if closure is not None:

@@ -104,7 +104,7 @@ class OneBitLamb(OneBit):
         self._count(live)
         if self.steps == self.freeze_step:
             torch._foreach_copy_(self._of(live, "exp_avg_sq_fresh"), v)
-        update = torch._foreach_div(self._corrected(group, live, m, 0), self._roots(group, live, v))
+        update = list(torch._foreach_div(self._corrected(group, live, m, 0), self._roots(group, live, v)))
         if group["weight_decay"]:
             torch._foreach_add_(update, live, alpha=group["weight_decay"])
         weights, updates = (torch.stack(torch._foreach_norm(tensors)) for tensors in (live, update))
@@ -120,7 +120,8 @@ class OneBitLamb(OneBit):
         """A step with a frozen v."""
         lives = [self._live(group, absent=True) for group in self.param_groups]
         self._scale([p for live in lives for p in live])
-        before, sent = [], {}
+        before: list[list[Tensor]] = []
+        sent: dict[Tensor, Tensor] = {}
         for group, live in zip(self.param_groups, lives):
             before.append([m.clone() for m in self._of(live, "exp_avg")])
             m = self._add_to_m(live, gradients(live), group["betas"][0])
@@ -154,8 +155,8 @@ class OneBitLamb(OneBit):
         torch._foreach_mul_(fresh, beta2)
         torch._foreach_addcmul_(fresh, rebuilt, rebuilt, value=1 - beta2)
         roots = self._roots(group, live, v)
-        adam = torch._foreach_div(self._corrected(group, live, m, 0), roots)
-        update = torch._foreach_add(adam, live, alpha=group["weight_decay"]) if group["weight_decay"] else adam
+        adam = list(torch._foreach_div(self._corrected(group, live, m, 0), roots))
+        update = list(torch._foreach_add(adam, live, alpha=group["weight_decay"])) if group["weight_decay"] else adam
         quotients = torch._foreach_div(roots, self._roots(group, live, fresh))
         coefficients = []
         for i, state in enumerate(self.state[p] for p in live):

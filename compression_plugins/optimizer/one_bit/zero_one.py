@@ -123,15 +123,15 @@ class ZeroOneAdam(OneBit):
             sent |= zip(live, moved)
         self._mean(sent, "update")
         for group, live, root in zip(self.param_groups, lives, roots):
-            for p, moved, r in zip(live, self._masked(group, self._of(live, "momentum_accumulator")), root):
+            for p, mean, r in zip(live, self._masked(group, self._of(live, "momentum_accumulator")), root):
                 state = self.state[p]
-                moved.mul_(state["exp_avg_sq"] > 0)
+                mean.mul_(state["exp_avg_sq"] > 0)
                 if state["lrs"]:
-                    torch.div(moved, -state["lrs"], out=state["exp_avg"])
+                    torch.div(mean, -state["lrs"], out=state["exp_avg"])
                     if group["bias_correction"]:
                         state["exp_avg"].mul_(1 - group["betas"][0] ** int(state["step"]))
-                p.copy_(state["anchor"].addcdiv_(moved, r))
-                moved.zero_()
+                p.copy_(state["anchor"].addcdiv_(mean, r))
+                mean.zero_()
                 state["lrs"] = 0.0
 
     def _roots(self, group: Group, live: list[Tensor]) -> list[Tensor]:
