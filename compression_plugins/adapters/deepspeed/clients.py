@@ -29,7 +29,7 @@ def _wrap_reading(cls: Any) -> None:
 
     @functools.wraps(original)
     def __init__(self: Any, config_file_or_dict: Any, *args: Any, **kwargs: Any) -> None:
-        from .config import from_yaml
+        from .reading import from_yaml
 
         original(self, from_yaml(config_file_or_dict), *args, **kwargs)
 

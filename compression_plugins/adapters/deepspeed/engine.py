@@ -24,9 +24,8 @@ from .config import (
     refuse_local_steps,
     refuse_skips,
     wire_dtype,
-    wrap_config,
-    wrap_loader,
 )
+from .reading import wrap_config, wrap_loader
 
 if TYPE_CHECKING:
     from ...schemes.base import Scheme

@@ -26,7 +26,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3  # noqa: E402
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, IPGBucket  # noqa: E402
 
-from compression_plugins.adapters.deepspeed import config  # noqa: E402
+from compression_plugins.adapters.deepspeed import reading  # noqa: E402
 
 WHO = f"DeepSpeed {deepspeed.__version__} has changed a seam of compression_plugins.adapters.deepspeed: "
 
@@ -186,9 +186,9 @@ def test_four_bit_gradients_of_zero_plus_plus_still_read_bf16_as_fp16():
 
 def test_no_key_that_deepspeed_knows_is_taken_for_the_block():
     source = inspect.getsource(runtime_config) + inspect.getsource(constants)
-    words = set(re.findall(r"""["']([a-z][a-z0-9_]{2,40})["']""", source)) - {config.BLOCK}
+    words = set(re.findall(r"""["']([a-z][a-z0-9_]{2,40})["']""", source)) - {reading.BLOCK}
     assert {"communication_data_type", "zero_optimization", "compression_training"} <= words
-    config.refuse_near_misses(dict.fromkeys(words))
+    reading.refuse_near_misses(dict.fromkeys(words))
 
 
 def test_the_optimizer_is_chosen_by_name_where_the_adapter_adds_three():
