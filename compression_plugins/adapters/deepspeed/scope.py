@@ -48,6 +48,18 @@ class Gathers(Protocol):
         ...
 
 
+class Fetched(Protocol):
+    """Parameters that are fetched for every pass, as the session sees them."""
+
+    def fetch_bytes(self) -> tuple[float, float]:
+        """Bytes that a rank sends when every parameter is fetched once, the mean over ranks; coded, and as they are."""
+        ...
+
+    def before_backward(self) -> None:
+        """Gradients are about to be computed."""
+        ...
+
+
 class Piece(NamedTuple):
     """`numel` elements of parameter `name` from `start`; `owner` is the rank that needs them, None when all do."""
 

@@ -18,9 +18,8 @@ from ...engine.session import Session
 from ...transports.torch_distributed import TorchDistributed
 from ..shared.forward import begin_forward, withhold
 from .config import wire_dtype
-from .fetches import Fetches
 from .routes import Part, Router, in_wire_dtype, scatters
-from .scope import Gathers, Layout, Scope, mismatch
+from .scope import Fetched, Gathers, Layout, Scope, mismatch
 
 
 class DeepSpeedSession:
@@ -47,7 +46,7 @@ class DeepSpeedSession:
         self.deferred = self.stepping = self.dense_gradients = False
         self.partitions = bool(engine.zero_optimization_partition_weights())
         self.weights: Gathers | None = None
-        self.fetches: Fetches | None = None
+        self.fetches: Fetched | None = None
         self.waiting: list[tuple[list[Any], list[Tensor]]] = []
         self.wire = wire_dtype(engine)
         self.plan = in_wire_dtype(common.plan, self.wire)

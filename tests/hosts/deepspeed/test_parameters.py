@@ -37,6 +37,7 @@ def runs(tmp_path_factory):
     cases["scribbled: dense"] = case(zero(1), steps=STEPS, scribble=3)
     cases["scribbled: patch"] = case(zero(1), block({"scheme": "patch"}), steps=STEPS, scribble=3)
     cases["scribbled: codes"] = case(zero(1), block(QSGD), steps=4, scribble=3)
+    cases["frozen: patch"] = case(zero(1), block({"scheme": "patch"}), steps=10, freeze=4)
     cases["frozen: codes"] = case(zero(1), block(QSGD), steps=10, freeze=4)
     cases["warm-up"] = case(zero(2), block(QSGD, warmup_steps=4), steps=4)
     cases["mu rule"] = case(zero(2), block({"scheme": "double_quantization", "mu": 200.0}), steps=STEPS)
@@ -82,6 +83,12 @@ def test_bytes_are_those_of_the_plan_and_of_no_wider_dtype(runs):
         dense = coded[0]["dense weights"]
         assert coded[0]["planned weights"] < 0.75 * dense, way  # a third of the values is exempt
         assert sum(report["sent"] for report in patched) / 2 - gradients <= steps * (dense + 32), way
+
+
+def test_a_step_that_changes_nothing_sends_no_weights(runs):
+    reports = runs["frozen: patch"]  # six of ten steps
+    weights = sum(report["sent"] for report in reports) / 2 - 10 * reports[0]["planned"]
+    assert weights <= 4 * (reports[0]["dense weights"] + 32) + 6 * 64
 
 
 def test_weights_that_ranks_have_overwritten_differently_are_healed_as_plain_deepspeed_heals_them(runs):

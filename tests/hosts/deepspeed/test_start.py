@@ -22,7 +22,7 @@ SCALECOM = "scheme: scalecom\nratio: 100\nbeta: 1.0\n"
 #: What must stand in the message, and part of the remedy.
 REFUSALS = {
     "hpz": ("UnsupportedError", "hpZ (zero_hpz_partition_size)", "zero_hpz_partition_size to 1"),
-    "mics": ("ValidationError", "mics_shard_size", "Extra inputs are not permitted"),  # DeepSpeed 0.19 has no MiCS
+    "mics": ("DeepSpeedConfigError", "MiCS ZeRO-3 sharding has been removed", "mics_shard_size"),  # by DeepSpeed
     "qwz": ("UnsupportedError", "ZeRO++ quantizes weights itself", "parameters: {scheme: qsgd, bits: 8}"),
     "patch at stage 3": ("UnsupportedError", "under ZeRO stage 3 none holds", "{scheme: qsgd, bits: 8}"),
     "mu rule at stage 3": ("UnsupportedError", "mu rule", "weights: false"),
