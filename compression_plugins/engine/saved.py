@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CompressionError, shown
+from .notice import announce
 from .state import reshard
 
 STATE_VERSION = 3
@@ -115,6 +117,18 @@ def own(states: Any, rank: int, size: int, lengths: Mapping[str, int]) -> Mappin
     return seal({**reshard(states), "rank": rank, "size": size})
 
 
+def judge(read: Callable[[], Any], rank: int, size: int, lengths: Mapping[str, int]) -> Judged:
+    """`own` of what `read` returns; errors of either become the standing."""
+    try:
+        state = own(read(), rank, size, lengths)
+    except CompressionError as error:
+        return Judged({}, str(error), bad=True)
+    if not state:
+        return Judged({}, "none")
+    config = hashlib.sha256(json.dumps(state["config"], sort_keys=True).encode()).hexdigest()[:8]
+    return Judged(state, f"of step {state['step']}, saved with configuration {config}")
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -191,6 +205,14 @@ class Folder:
         pattern = re.compile(rf"{re.escape(self.stem)}_rank_(\d{{1,9}})_of_(\d{{1,9}})\.pt")
         matches = [(pattern.fullmatch(path.name), path) for path in self.path.glob(f"{self.stem}_rank_*.pt")]
         return {(int(match[1]), int(match[2])): path for match, path in matches if match}
+
+
+def reader(folder: str | os.PathLike[str], host: str, rank: int, size: int) -> Callable[[], Any]:
+    """What reads, for `judge`, the state of `rank` that a `Folder` holds; where it holds none, rank 0 says so."""
+    files = Folder(folder)
+    if rank == 0 and files.empty():
+        announce(f"{host}: {folder} holds no compression state; residuals start at zero")
+    return lambda: files.read(rank, size) or {}
 
 
 def write(document: Mapping[str, Any], path: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from .._version import __version__
 from ..config import Config, presets
-from ..errors import CompressionError, UnsupportedError
+from ..errors import UnsupportedError
 from ..optimizer.hooks import StepHook
 from ..optimizer.local_updates import LocalUpdates, Outer
 from ..optimizer.plain import check_plain
@@ -31,7 +29,7 @@ from .plan import Plan, TensorSpec, make_plan
 from .preload import preload
 from .reducer import Reducer
 from .replicas import compare
-from .saved import STATE_VERSION, Judged, own, seal
+from .saved import STATE_VERSION, Judged, judge, seal
 from .telemetry import Telemetry
 
 #: Numbers the sessions of a group of ranks in the order of their first use.
@@ -371,14 +369,7 @@ class Session:
         """Whether `rank` of `size` can load the state that `read` returns, its own or a list of all ranks'. Ranks
         compare their `standing` before any of them loads.
         """
-        try:
-            state = own(read(), rank, size, {name: p.numel() for name, p in self.parameters.items()})
-        except CompressionError as error:
-            return Judged({}, str(error), bad=True)
-        if not state:
-            return Judged({}, "none")
-        config = hashlib.sha256(json.dumps(state["config"], sort_keys=True).encode()).hexdigest()[:8]
-        return Judged(state, f"of step {state['step']}, saved with configuration {config}")
+        return judge(read, rank, size, {name: p.numel() for name, p in self.parameters.items()})
 
     def forget(self, step: int) -> None:
         """Begin with empty memory, at `step`."""

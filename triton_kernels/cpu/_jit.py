@@ -1,8 +1,8 @@
 """How the kernels are compiled, and where the compiled ones are kept.
 
 Numba would write them beside the sources, where a read-only install has no room and an uninstall leaves them, and would
-not notice that a helper in another file has changed. So they lie in the user's cache folder, under the package's version
-and a digest of all sources that go into them: in `$NUMBA_CACHE_DIR`, else in `kernels` of `$COMPRESSION_PLUGINS_CACHE`,
+not notice that a helper in another file has changed. So they lie in the user's cache folder, under this version and
+a digest of all sources that go into them: in `$NUMBA_CACHE_DIR`, else in `kernels` of `$COMPRESSION_PLUGINS_CACHE`,
 else of `~/.cache/compression_plugins` (`XDG_CACHE_HOME` moves it); where that cannot be written, in a folder of the
 user's own in the temporary one. Without any, and where `COMPRESSION_PLUGINS_CACHE` is set to nothing, each process
 compiles them.

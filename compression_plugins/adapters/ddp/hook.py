@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ...config import Config
 from ...engine.filling import Fillings
 from ...engine.notice import announce, warn
-from ...engine.saved import Folder, Judged, on_cpu
+from ...engine.saved import Folder, Judged, on_cpu, reader
 from ...engine.session import Session
 from ...errors import CompressionError, UnsupportedError
 from ...transports.torch_distributed import TorchDistributed
@@ -347,9 +347,7 @@ class Compression:
 
     def load_folder(self, folder: str | os.PathLike[str]) -> None:
         """`load` from what `save` wrote."""
-        if Folder(folder).empty() and self.rank == 0:
-            announce(f"DDP: {folder} holds no compression state; residuals start at zero")
-        self.load(lambda: Folder(folder).read(self.rank, self._size) or {})
+        self.load(reader(folder, "DDP", self.rank, self._size))
 
     def _agree(self, name: str, facts: dict[str, Any], absent: str) -> None:
         handshake(_get_default_store(), "DDP", name, self.rank, self._size, facts, absent, remedy=_REMEDY)

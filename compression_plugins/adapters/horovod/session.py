@@ -23,7 +23,7 @@ from ...config import Config
 from ...engine.filling import Fillings
 from ...engine.notice import announce
 from ...engine.plan import make_plan
-from ...engine.saved import Folder, Judged, on_cpu
+from ...engine.saved import Folder, Judged, on_cpu, reader
 from ...engine.session import Session
 from ...errors import MismatchError, UnsupportedError
 from ...schemes import registry
@@ -313,10 +313,7 @@ class HorovodSession(Session):
 
     def load_folder(self, folder: str | os.PathLike[str]) -> None:
         """`load` from what `save` wrote."""
-        rank, size = self.process_set.rank(), self.process_set.size()
-        if Folder(folder).empty() and rank == 0:
-            announce(f"horovod: {folder} holds no compression state; residuals start at zero")
-        self.load(lambda: Folder(folder).read(rank, size) or {})
+        self.load(reader(folder, "horovod", self.process_set.rank(), self.process_set.size()))
 
     def _take_up(self, judged: Judged, world: tuple[int, int] | None = None) -> None:
         self.abort()
