@@ -76,16 +76,75 @@ def state_dict(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def load_state_dict(model: torch.nn.Module, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-    """Continue, bit for bit, from a `state_dict` of this rank, after the weights are loaded.
+    """Continue, bit for bit, from a `state_dict` of this rank, after the weights are loaded; on every rank, which then
+    compare what they have: at once, or before the first step when they begin it. All continue, or all stop.
 
     Args:
         state: this rank's, or a list of all ranks' in rank order. From a list of another number of ranks each rank gets
             the mean of their memories.
 
     Raises:
-        CompressionError: a state of another rank, of another number of ranks, or of another version of this package.
+        CompressionError: on every rank: some rank's state is damaged, of another rank, of another number of ranks, of
+            another step, or of another version of this package; from here, or before the first step from `backward`.
         UnsupportedError: nothing compresses this model.
     """
     from .adapters.ddp.hook import find
 
-    find(model).load_state_dict(state)
+    find(model).load(lambda: state)
+
+
+def save(model: torch.nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write `state_dict(model)` of this rank to a file of its own in `folder`, which appears when all of it is on the
+    disk; files of another number of ranks are removed. Call it on every rank.
+
+    Raises:
+        CompressionError: why it cannot be written; an older file is as it was.
+        UnsupportedError: nothing compresses this model.
+    """
+    from .adapters.ddp.hook import find
+
+    find(model).save(folder)
+
+
+def load(model: torch.nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Continue from what `save` wrote into `folder`; on every rank, after the weights are loaded.
+
+    As many ranks continue bit for bit, another number from the mean of their memories. Where there is nothing, memory
+    starts at zero.
+
+    Raises:
+        CompressionError: as `load_state_dict`; also where files are missing or damaged.
+        UnsupportedError: nothing compresses this model.
+    """
+    from .adapters.ddp.hook import find
+
+    find(model).load_folder(folder)
+
+
+class Stateful:
+    """This rank's memory as `torch.distributed.checkpoint` saves and loads it, under a name of its own for each rank,
+    for as many ranks as saved it::
+
+        app = {"model": model.module.state_dict(), "compression": compression_plugins.ddp.Stateful(model)}
+        torch.distributed.checkpoint.save(app, checkpoint_id=folder)
+
+    Args:
+        model: as for `state_dict`.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        from .adapters.ddp.hook import find
+
+        self._compression = find(model)
+
+    def state_dict(self) -> dict[str, bytes]:
+        """One text of bytes, for what a method keeps is known only when it has begun."""
+        from .engine.saved import packed
+
+        return {f"rank{self._compression.rank}": packed(self._compression.state_dict())}
+
+    def load_state_dict(self, saved: Mapping[str, bytes]) -> None:
+        """As `load_state_dict` of this module."""
+        from .engine.saved import unpacked
+
+        self._compression.load(lambda: unpacked(saved[f"rank{self._compression.rank}"]))

@@ -6,6 +6,6 @@ from compression_plugins.horovod import Compression
 optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=..., compression=Compression.scalecom(ratio=100))
 """
 
-from .adapters.horovod.optimizer import Compression, finish, load_state_dict, state_dict
+from .adapters.horovod.optimizer import Compression, finish, load, load_state_dict, save, state_dict
 
-__all__ = ["Compression", "finish", "load_state_dict", "state_dict"]
+__all__ = ["Compression", "finish", "load", "load_state_dict", "save", "state_dict"]

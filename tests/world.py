@@ -100,4 +100,5 @@ def written(state: Mapping[str, Any]) -> dict[str, Any]:
         slot: {name: parts for name, parts in named.items() if any(part.any() for part in parts.values())}
         for slot, named in state["vectors"].items()
     }
+    state = {key: value for key, value in state.items() if key != "checksum"}
     return {**state, "vectors": {slot: named for slot, named in vectors.items() if named}}

@@ -27,10 +27,10 @@ from .health import Health
 from .ledger import Ledger
 from .marks import marked
 from .plan import Bucket
+from .saved import STATE_VERSION
 from .state import CallSlots, State
 from .telemetry import Counters, Telemetry
 
-STATE_VERSION = 2
 _SAMPLES = 32  # elements of a tensor that are looked at before all of it is
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +21,7 @@ from ..optimizer.local_updates import LocalUpdates, Outer
 from ..optimizer.plain import check_plain
 from ..transports.base import Transport
 from . import loss_scale, patterns
+from .differences import differences
 from .exchange import UpdateExchange
 from .ledger import Ledger
 from .notice import announce, warn
@@ -28,6 +29,7 @@ from .plan import Plan, TensorSpec, make_plan
 from .preload import preload
 from .reducer import Reducer
 from .replicas import compare
+from .saved import STATE_VERSION, Judged, judge, seal
 from .telemetry import Telemetry
 
 #: Numbers the sessions of a group of ranks in the order of their first use.
@@ -349,16 +351,44 @@ class Session:
     # -- state
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's memory, as of the last step that is done. Plain dicts, numbers and tensors."""
-        return {**self.reducer.state_dict(), "hooks": [hook.state_dict() for hook in self.hooks]}
+        """This rank's memory, as of the last step that is done, with a checksum. Plain dicts, numbers and tensors."""
+        return seal({
+            **self.reducer.state_dict(),
+            "rank": self.reducer.transport.rank,
+            "config": self.config.to_dict(),
+            "hooks": [hook.state_dict() for hook in self.hooks],
+        })  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict()` of this rank."""
-        self.reducer.load_state_dict(state)
-        self.load_hooks(state)
+        """Continue from a `state_dict()` that `judge` gave. One of another scheme starts with empty memory, aloud."""
+        fitting = self._fitting(state)
+        self.reducer.load_state_dict(fitting)
+        self.load_hooks(fitting)
+
+    def judge(self, read: Callable[[], Any], rank: int, size: int) -> Judged:
+        """Whether `rank` of `size` can load the state that `read` returns, its own or a list of all ranks'. Ranks
+        compare their `standing` before any of them loads.
+        """
+        return judge(read, rank, size, {name: p.numel() for name, p in self.parameters.items()})
+
+    def forget(self, step: int) -> None:
+        """Begin with empty memory, at `step`."""
+        self.reducer.load_state_dict({"version": STATE_VERSION, "step": step, "vectors": {}, "tensors": {}})
+        self.load_hooks({})
+
+    def _fitting(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`state`, or without its memory where that is of another scheme; says what has changed since it was saved."""
+        changed = differences(state["config"], self.config.to_dict(), here="then", there="now")
+        if changed and self._speaks:
+            announce(f"{self.host}: the configuration has changed since the state was saved: {'; '.join(changed)}")
+        if state["config"]["scheme"] == self.config.scheme.name:
+            return state
+        if self._speaks:
+            announce(f"{self.host}: another scheme cannot use these residuals; they start at zero")
+        return {**state, "vectors": {}, "tensors": {}, "hooks": []}
 
     def load_hooks(self, state: Mapping[str, Any]) -> None:
         """The step hooks' part of it; call after the parameters are loaded."""
         saved = state.get("hooks", [])
-        for hook, own in zip(self.hooks, saved if len(saved) == len(self.hooks) else [{}] * len(self.hooks)):
-            hook.load_state_dict(own)
+        for hook, kept in zip(self.hooks, saved if len(saved) == len(self.hooks) else [{}] * len(self.hooks)):
+            hook.load_state_dict(kept)

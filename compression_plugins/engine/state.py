@@ -307,17 +307,21 @@ def reshard(saved: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     number of ranks. (Handing out equal parts of their *sum* would scale it by the change of that number.) Other
     memories of one value for each element are averaged alike; named tensors are those of the first rank. Step hooks
     begin anew.
+
+    Raises:
+        CompressionError: there are none, or they are of different steps.
     """
-    if not saved:
-        raise CompressionError("no state to reshard")
-    vectors = {slot: _mean([state["vectors"].get(slot, {}) for state in saved]) for slot in saved[0]["vectors"]}
+    if len({state["step"] for state in saved}) != 1:
+        raise CompressionError(f"compression states to merge are of one step, not of {[s['step'] for s in saved]}")
+    slots = dict.fromkeys(slot for state in saved for slot in state["vectors"])
+    vectors = {slot: _mean([state["vectors"].get(slot, {}) for state in saved]) for slot in slots}
     return {**saved[0], "vectors": vectors, "hooks": []}
 
 
 def _mean(saved: Sequence[Mapping[str, Mapping[int, Tensor]]]) -> dict[str, dict[int, Tensor]]:
     """Mean over ranks of one memory."""
     result = {}
-    for name in saved[0]:
+    for name in dict.fromkeys(name for elements in saved for name in elements):
         whole = [_assemble(elements.get(name, {})) for elements in saved]
         longest = max(len(w) for w in whole)
         padded = torch.stack([torch.nn.functional.pad(w, (0, longest - len(w))).double() for w in whole])

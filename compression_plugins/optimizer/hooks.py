@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 
 class StepHook:
@@ -44,6 +45,14 @@ class StepHook:
     def state_dict(self) -> dict[str, Any]:
         """What the hook remembers, as plain dicts, numbers and tensors."""
         return {}
+
+    def new_ranks(self, first: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> None:
+        """Other ranks take part from now on, with the same parameters; here everything begins anew on all of them.
+
+        Args:
+            first: on every rank gives the tensors that the first of the old ranks passes; all call it as often.
+        """
+        self.load_state_dict({})
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Call after the parameters themselves are loaded; `{}` begins anew."""

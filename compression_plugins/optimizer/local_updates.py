@@ -7,7 +7,7 @@ Local SGD (Stich, 2019, arXiv 1805.09767), and with an outer optimizer DiLoCo (D
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -263,6 +263,12 @@ class LocalUpdates(StepHook):
             state["own"] = {name: own[name].detach().clone() for name in self._live()}
             state["edited"] = self._edited
         return state
+
+    def new_ranks(self, first: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> None:
+        """The round goes on: old ranks keep how far they have drifted, new ones begin at the anchor, which the host has
+        given them as their weights. The outer momentum, the same on all old ranks, is theirs too.
+        """
+        self._momentum = first(self._momentum)
 
     @torch.no_grad()
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:

@@ -133,3 +133,13 @@ def test_whoever_comes_alone_to_a_meeting_gets_an_error() -> None:
         assert "rank 1 did not come within 0.2 s. Save on every rank" in str(error)
     else:
         raise AssertionError("nobody else came")
+
+
+def test_a_job_that_is_started_again_does_not_read_what_its_last_attempt_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()
+    assert outcomes(store, ["a", "a"], [{"step": 0}] * 2) == ["", ""]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert outcomes(store, ["a", "a"], [{"step": 6}] * 2) == ["", ""]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    heard = outcomes(store, ["a", "a"], [{"step": 6}, {"step": 8}])
+    assert all("step (6 on rank 0, 8 there)" in text for text in heard)

@@ -11,8 +11,9 @@ second NCCL communicator.
 
 from __future__ import annotations
 
+import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ...config import Config
 from ...engine.filling import Fillings
 from ...engine.notice import announce, warn
+from ...engine.saved import Folder, Judged, on_cpu, reader
 from ...engine.session import Session
-from ...engine.state import reshard
 from ...errors import CompressionError, UnsupportedError
 from ...transports.torch_distributed import TorchDistributed
 from ..shared import forward
@@ -37,6 +38,7 @@ from .model import hook_of, image, refuse, sparse
 
 _DROPS = 20  # reductions thrown away before any optimizer has stepped, until somebody is told
 _MICRO = 1 << 20  # more reductions than a step has
+_REMEDY = "Give every rank the same files, and its own compression state of one step or none"
 _ABSENT = "compression-plugins is not installed there, it was not given this configuration"
 
 _compressed: weakref.WeakKeyDictionary[Any, Compression] = weakref.WeakKeyDictionary()
@@ -94,6 +96,7 @@ class Compression:
         config: what to do.
 
     Attributes:
+        rank: of this process among those that reduce.
         session: the compressed reduction; starts at the first bucket, when every rank is there to compare notes.
         registered: whether DDP calls us.
     """
@@ -101,7 +104,7 @@ class Compression:
     def __init__(self, ddp: DistributedDataParallel, config: Config) -> None:
         self._ddp = weakref.ref(ddp)
         self._group, self._device = ddp.process_group, ddp.device
-        self._rank, self._size = dist.get_rank(self._group), dist.get_world_size(self._group)
+        self.rank, self._size = dist.get_rank(self._group), dist.get_world_size(self._group)
         named = {
             name.replace("_orig_mod.", ""): p  # of a module compiled before it was wrapped
             for name, p in ddp.module.named_parameters()
@@ -111,7 +114,7 @@ class Compression:
         reduced = {name: p for name, p in named.items() if p.requires_grad and id(p) not in sparse_ids}
         frozen = [name for name in named if name not in reduced]
         ranks = "-".join(map(str, dist.get_process_group_ranks(self._group)))
-        self.session = Session("DDP", config, reduced, frozen, self._rank == 0, f"ddp.{ranks}")
+        self.session = Session("DDP", config, reduced, frozen, self.rank == 0, f"ddp.{ranks}")
         if self._size > 1:
             self.session.make_hooks()
         if sparse_ids and config.direction.formed:
@@ -128,7 +131,8 @@ class Compression:
         self._drops = 0
         self._shadow = False  # the last reduction was of a rank that has left
         self._backward: Any = None  # what notices the beginning of a backward pass
-        self._loaded: Mapping[str, Any] = {}  # a state that came before the session had started
+        self._loaded = Judged({}, "none")  # a state that came before the session had started
+        self._loads = 0
 
     def __reduce__(self) -> Any:
         return object, ()  # a copy of a DDP model has a reducer of its own, without a hook
@@ -139,10 +143,10 @@ class Compression:
         """Let DDP call us."""
         self.registered = True
         if self._size == 1 and not self.session.config.direction.formed:
-            if self._rank == 0:
+            if self.rank == 0:
                 announce("DDP: one rank, nothing is communicated or compressed")
             return
-        self.session.preload(self._rank, self._size)
+        self.session.preload(self.rank, self._size)
         ddp.register_comm_hook(self, reduce_bucket)
         if self.session.hooks:
             watch_parts(self.session, ddp.module)
@@ -150,10 +154,9 @@ class Compression:
     def _open(self) -> Fillings:
         session = self.session
         facts = {**session.facts(), "torch": torch.__version__, "tensors": session.tensors()}
-        handshake(_get_default_store(), "DDP", session.name, self._rank, self._size, facts, _ABSENT)
+        self._agree(session.name, {**facts, "compression state": self._loaded.standing}, _ABSENT)
         session.start(TorchDistributed(self._group))
-        if self._loaded:
-            session.reducer.load_state_dict(self._loaded)
+        self._continue(self._loaded)
         session.opened()
         return Fillings(session.plan, session.reducer)
 
@@ -312,31 +315,48 @@ class Compression:
     def state_dict(self) -> dict[str, Any]:
         """This rank's memory, as of the last step that is done; {} before the first."""
         if not self.session.started:
-            return dict(self._loaded)
+            return dict(self._loaded.state)
         if self._shadow and self._reductions:  # the others have stepped, or join() would not be over
             self.session.end_step()
             self._reductions = 0
-        return {**self.session.state_dict(), "rank": self._rank}
+        return self.session.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        """Continue from a `state_dict()` of this rank, or from those of all ranks of a world of any size.
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write this rank's file."""
+        Folder(folder).write(on_cpu(self.state_dict()), self.rank, self._size, sweep=self.rank == 0)
+
+    def load(self, read: Callable[[], Any]) -> None:
+        """Continue from the state that `read` returns, this rank's or a list of all ranks' of a world of any size;
+        every rank calls this. Before the first step it is then that ranks compare what they have found.
 
         Raises:
-            CompressionError: the state of another rank, or of a world of another size.
+            CompressionError: some rank cannot continue, or from another step; on every rank.
         """
-        if not isinstance(state, Mapping):
-            state = state[self._rank] if len(state) == self._size else reshard(state)
-        elif state and (state["rank"], state["size"]) != (self._rank, self._size):
-            raise CompressionError(
-                f"DDP compression: this state is of rank {state['rank']} of {state['size']}, here is rank "
-                f"{self._rank} of {self._size}; give a list of all ranks' states instead"
-            )
-        if self.session.started:
-            self.session.load_state_dict(state)
-            self._reductions = 0
-        else:
-            self._loaded = state
-            self.session.load_hooks(state)
+        judged = self.session.judge(read, self.rank, self._size)
+        if not self.session.started:
+            self._loaded = judged
+            self.session.load_hooks(judged.state)
+            return
+        self._loads += 1
+        facts = {"compression state": judged.standing}
+        self._agree(f"{self.session.name}/load/{self._loads}", facts, "it did not call load_state_dict")
+        if judged.standing == "none":
+            self.session.forget(self.session.reducer.step)
+        self._continue(judged)
+        self._reductions = 0
+
+    def load_folder(self, folder: str | os.PathLike[str]) -> None:
+        """`load` from what `save` wrote."""
+        self.load(reader(folder, "DDP", self.rank, self._size))
+
+    def _agree(self, name: str, facts: dict[str, Any], absent: str) -> None:
+        handshake(_get_default_store(), "DDP", name, self.rank, self._size, facts, absent, remedy=_REMEDY)
+
+    def _continue(self, judged: Judged) -> None:
+        if judged.bad:
+            raise CompressionError(f"DDP compression: {judged.standing}")
+        if judged.state:
+            self.session.load_state_dict(judged.state)
 
 
 def reduce_bucket(state, bucket):  # DDP reads the signature and refuses annotations that are text

@@ -1,31 +1,33 @@
 """The compression state beside DeepSpeed's checkpoint: one file for each rank, in the folder of the tag.
 
 Why not inside DeepSpeed's files: at stage 0 it keeps rank 0's optimizer state only, and a residual differs on every
-rank; the conversion tools for universal checkpoints would not know our entries.
+rank. The conversion to a universal checkpoint leaves our files where they are; they are found there again where the
+converted folder is called as DeepSpeed's documentation calls it, by the tag and `_universal`.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+from torch.distributed.distributed_c10d import _get_default_store
 
 from ..._version import __version__
 from ...engine.notice import announce
-from ...engine.reducer import STATE_VERSION
-from ...engine.state import reshard
+from ...engine.saved import Folder, Judged, on_cpu
 from ...errors import CompressionError
-from ..shared.differences import differences
+from ..shared.store_handshake import handshake
 
 if TYPE_CHECKING:
     from .session import DeepSpeedSession
 
-_FILE = "communication_compression_rank_{rank:05d}_of_{size:05d}.pt"
-_PATTERN = re.compile(r"communication_compression_rank_(\d+)_of_(\d+)\.pt")
+_STEM = "communication_compression"
+_HOST = "DeepSpeed"
+_SILENT = "it did not come to save or load its checkpoint"
+_meetings = itertools.count()  # every rank saves and loads in one order
 
 
 def follow(session: DeepSpeedSession) -> None:
@@ -64,91 +66,84 @@ def follow(session: DeepSpeedSession) -> None:
 
 
 def save(session: DeepSpeedSession, folder: Path) -> None:
-    """Write this rank's file; it appears under its name only when complete."""
+    """Write this rank's file, and remove those of other numbers of ranks, which an earlier save left under this tag.
+
+    Raises:
+        CompressionError: some rank cannot write its file; on every rank.
+    """
     document = {
         "version": __version__,
-        "config": session.common.config.to_dict(),
-        "state": _to_cpu(session.state_dict()),
+        "global_steps": int(session.engine.global_steps),
+        "state": on_cpu(session.state_dict()),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _FILE.format(rank=session.rank, size=session.size)
-    partial = path.with_suffix(".partial")
-    torch.save(document, partial)
-    os.replace(partial, path)
+    problem = ""
+    try:
+        Folder(folder, _STEM).write(document, session.rank, session.size, sweep=_first_of_node(session.rank))
+    except CompressionError as error:
+        problem = str(error)
+    _agree(session, {"compression state": problem or "written"}, "Make room, or save elsewhere")
+    if problem:
+        raise CompressionError(problem)
+
+
+def sweep(save_dir: str, tag: str) -> None:
+    """An engine without compression has saved under `tag`: files that an earlier one left there are older."""
+    from deepspeed.comm import comm
+
+    folder = Folder(Path(save_dir) / str(tag), _STEM)
+    if _first_of_node(comm.get_rank() if comm.is_initialized() else 0) and folder.remove():
+        announce(f"{_HOST}: {folder.path} held the compression state of an earlier checkpoint, which is removed")
 
 
 def load(session: DeepSpeedSession, folder: Path) -> None:
-    """Continue from the files in `folder`.
+    """Continue from the files in `folder`: all ranks do, or all begin with empty memory and say so, or all stop.
 
     The same number of ranks continues bit for bit. Another number starts from the mean of all old residuals on every
     rank, so that what is still owed to the averaged update is paid. A checkpoint of an uncompressed job, or of another
-    scheme, starts with empty memory, and says so.
+    scheme, starts with empty memory, and so does one whose files are of another step than DeepSpeed's.
 
     Raises:
-        CompressionError: files of some ranks are missing, unreadable, or of another version.
+        CompressionError: files of some ranks are missing, unreadable, damaged, of another version, or of other steps.
     """
-    matches = [(_PATTERN.fullmatch(path.name), path) for path in folder.glob("communication_compression_rank_*.pt")]
-    files = {(int(match[1]), int(match[2])): path for match, path in matches if match}
-    own = files.get((session.rank, session.size))
-    if not files:
+    if Folder(folder, _STEM).empty() and folder.name.endswith("_universal"):
+        folder = folder.with_name(folder.name.removesuffix("_universal"))
+    documents: list[dict[str, Any]] = []
+
+    def read() -> Any:
+        documents.extend(Folder(folder, _STEM).read(session.rank, session.size))
+        return [document.get("state") for document in documents] or {}
+
+    judged = session.common.judge(read, session.rank, session.size)
+    steps = {document.get("global_steps") for document in documents}
+    if judged.state and steps != {session.engine.global_steps}:
+        judged = Judged({}, f"of global step {' and '.join(map(str, steps))}, the checkpoint is of another")
+    remedy = (
+        f"If {_STEM} files of some ranks in {folder} are damaged or of another save, delete all of them: memory then "
+        "starts at zero"
+    )
+    _agree(session, {"compression state": judged.standing}, remedy)
+    if judged.bad:
+        raise CompressionError(f"{_HOST} compression: {folder}: {judged.standing}. {remedy}")
+    if not judged.state:
         session.reset()
-        _say(session, f"{folder} holds no compression state; residuals start at zero")
+        why = "holds no compression state" if judged.standing == "none" else f"holds one {judged.standing}"
+        _say(session, f"{folder} {why}; residuals start at zero")
         return
-    document = _read(own) if own else _merge(session, files, folder)
-    changed = differences(document["config"], session.common.config.to_dict())
-    if changed:
-        text = "; ".join(changed).replace(" on rank 0", " then").replace(" there", " now")
-        _say(session, f"the configuration has changed since {folder} was saved: {text}")
-    if document["config"]["scheme"] != session.common.config.scheme.name:
-        session.reset()
-        _say(session, "another scheme cannot use these residuals; they start at zero")
-        return
-    session.load_state_dict(document["state"])
+    if len(documents) > 1:
+        _say(session, f"the residuals of {len(documents)} ranks are averaged onto {session.size}")
+    session.load_state_dict(dict(judged.state))
 
 
-def _merge(session: DeepSpeedSession, files: dict[tuple[int, int], Path], folder: Path) -> dict[str, Any]:
-    """The document for a rank of a world of another size."""
-    sizes = sorted({size for _, size in files})
-    if len(sizes) > 1:
-        raise CompressionError(
-            f"{folder} holds compression state of {sizes} ranks, not of {session.size}; delete old files"
-        )
-    missing = [rank for rank in range(sizes[0]) if (rank, sizes[0]) not in files]
-    if missing:
-        raise CompressionError(
-            f"{folder} holds compression state of {sizes[0]} ranks, but not of ranks {missing}; to continue on "
-            f"{session.size} ranks copy all files into a folder that every node can read"
-        )
-    documents = [_read(files[rank, sizes[0]]) for rank in range(sizes[0])]
-    _say(session, f"the residuals of {sizes[0]} ranks are averaged onto {session.size}")
-    return {**documents[0], "state": reshard([document["state"] for document in documents])}
+def _agree(session: DeepSpeedSession, facts: dict[str, Any], remedy: str) -> None:
+    name = f"{session.common.name}/checkpoint/{next(_meetings)}"
+    handshake(_get_default_store(), _HOST, name, session.rank, session.size, facts, _SILENT, remedy=remedy)
+
+
+def _first_of_node(rank: int) -> bool:
+    """Each node may have a disk of its own."""
+    return rank == 0 or os.environ.get("LOCAL_RANK") == "0"
 
 
 def _say(session: DeepSpeedSession, message: str) -> None:
     if session.rank == 0:
         announce(message)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        document = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises several kinds for a damaged file
-        raise CompressionError(f"cannot read compression state {path}: {error}") from error
-    if not isinstance(document, dict) or "config" not in document:
-        raise CompressionError(f"{path} is not a compression state of this package")
-    state = document.get("state") or document.get("reducer") or {}
-    version = state.get("version")
-    if version != STATE_VERSION:
-        raise CompressionError(
-            f"{path} holds compression state of version {version}, this package reads {STATE_VERSION}: delete the "
-            "communication_compression files of that checkpoint to start from empty memory"
-        )
-    return document
-
-
-def _to_cpu(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _to_cpu(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_to_cpu(item) for item in value]
-    return value.cpu() if isinstance(value, torch.Tensor) else value

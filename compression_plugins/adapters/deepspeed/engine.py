@@ -67,7 +67,18 @@ def _wrap_engine(cls: Any) -> None:
         if config is not None:
             self.communication_compression = attach(self, config)
 
-    cls.__init__ = __init__
+    save = cls._save_checkpoint
+
+    @functools.wraps(save)
+    def _save_checkpoint(self: Any, save_dir: str, tag: str, *args: Any, **kwargs: Any) -> Any:
+        result = save(self, save_dir, tag, *args, **kwargs)
+        if getattr(self, "communication_compression", None) is None:
+            from .checkpoint import sweep
+
+            sweep(save_dir, tag)
+        return result
+
+    cls.__init__, cls._save_checkpoint = __init__, _save_checkpoint
 
 
 def attach(engine: Any, config: Config) -> DeepSpeedSession | None:

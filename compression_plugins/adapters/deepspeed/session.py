@@ -325,9 +325,8 @@ class DeepSpeedSession:
 
     def reset(self) -> None:
         """Forget what is remembered; the step stays with DeepSpeed's count."""
-        empty = Reducer(self.common.config, self.reducer.transport).state_dict()
-        step = int(self.engine.global_steps - self.engine.skipped_steps)
-        self.load_state_dict({**empty, "step": step, "hooks": [{} for _ in self.common.hooks]})
+        self._reduced = False
+        self.common.forget(int(self.engine.global_steps - self.engine.skipped_steps))
 
 
 def loss_scale(engine: Any) -> float:

@@ -1,7 +1,7 @@
 """Elastic training: `hvd.elastic.TorchState(model=..., optimizer=...)` also keeps the compression memory.
 
 What a rank has not sent yet is its own, so it is saved and restored with every commit but never broadcast, as Horovod
-would do with an unknown object. When the set of ranks changes it starts again at zero on all of them (`Session.open`).
+would do with an unknown object. When the set of ranks changes, each begins with the mean of the old ones' (`memory`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from horovod.torch.elastic import state as host
+
+from .memory import Memory
 
 
 def install() -> None:
@@ -34,8 +36,15 @@ class CompressedOptimizerHandler(host.OptimizerStateHandler):
     def restore(self) -> None:
         super().restore()
         if self._saved_memory is not None:
-            self.value._compression_session.load_state_dict(self._saved_memory)
+            self.value._compression_session.revert(self._saved_memory)
 
-    def _memory(self) -> dict[str, Any] | None:
+    def set_value(self, value: Any) -> None:
+        """An optimizer that is built anew, as after a reset, takes over what the one before it remembers."""
+        earlier, later = (getattr(one, "_compression_session", None) for one in (self.value, value))
+        if earlier is not None and later is not None and earlier is not later and not later.started:
+            later.revert(earlier.commit())
+        super().set_value(value)
+
+    def _memory(self) -> Memory | None:
         session = getattr(self.value, "_compression_session", None)
-        return None if session is None else session.state_dict()
+        return None if session is None else session.commit()

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...engine.differences import TIMEOUT_VARIABLE, differences
 from ...errors import MismatchError
 from ...transports.base import Handle, Transport
-from ..shared.differences import TIMEOUT_VARIABLE, differences
 
 #: Seconds to wait for the slowest rank's first step; the environment variable `TIMEOUT_VARIABLE` overrides it.
 DEFAULT_TIMEOUT = 300.0

@@ -24,7 +24,7 @@ import gc
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import horovod
@@ -108,9 +108,38 @@ def state_dict(optimizer: Any) -> dict[str, Any]:
     return _session(optimizer).state_dict()
 
 
-def load_state_dict(optimizer: Any, state: dict[str, Any]) -> None:
-    """Restore what `state_dict` gave on this rank. Every rank must load its own state of the same step."""
-    _session(optimizer).load_state_dict(state)
+def load_state_dict(optimizer: Any, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+    """Continue, bit for bit, from what `state_dict` gave on this rank, after the weights are loaded; on every rank.
+
+    In the next step ranks compare what they have; all continue, or all stop.
+
+    Args:
+        state: this rank's, or a list of all ranks' in rank order. From a list of another number of ranks each rank gets
+            the mean of their memories. From {} memory begins at zero.
+
+    Raises:
+        MismatchError: on every rank, from the next step: a state is damaged, or of another rank or step.
+    """
+    _session(optimizer).load(lambda: state)
+
+
+def save(optimizer: Any, folder: str | os.PathLike[str]) -> None:
+    """Write `state_dict(optimizer)` of this rank to a file of its own in `folder`, which appears when all of it is on
+    the disk; files of another number of ranks are removed. Call it on every rank.
+
+    Raises:
+        CompressionError: why it cannot be written; an older file is as it was.
+    """
+    _session(optimizer).save(folder)
+
+
+def load(optimizer: Any, folder: str | os.PathLike[str]) -> None:
+    """Continue from what `save` wrote into `folder`; on every rank, after the weights are loaded.
+
+    As many ranks continue bit for bit, another number from the mean of their memories. Where there is nothing, memory
+    starts at zero. Errors are those of `load_state_dict`.
+    """
+    _session(optimizer).load_folder(folder)
 
 
 def finish(optimizer: Any) -> None:

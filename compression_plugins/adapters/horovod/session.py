@@ -6,11 +6,14 @@ Buckets are filled by Horovod's hooks, launched by their last member, advanced b
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from horovod.torch import mpi_ops
@@ -20,15 +23,26 @@ from ...config import Config
 from ...engine.filling import Fillings
 from ...engine.notice import announce
 from ...engine.plan import make_plan
+from ...engine.saved import Folder, Judged, on_cpu, reader
 from ...engine.session import Session
 from ...errors import MismatchError, UnsupportedError
 from ...schemes import registry
 from ...transports.horovod import HorovodTransport
 from ..shared import forward
 from .handshake import Standing, compare, gather_texts
+from .memory import Memory, from_first_holder, mean_at_commit, share_out
 
 #: Sessions of optimizers that are still alive.
 sessions: weakref.WeakSet[HorovodSession] = weakref.WeakSet()
+#: The Horovod run in which sessions are numbered, and the numbers by group of ranks.
+_run: list[Any] = [None, defaultdict(itertools.count)]
+
+
+def _name(group: str) -> str:
+    """Of the next session of a Horovod run."""
+    if _run[0] is not mpi_ops._handle_map:
+        _run[:] = [mpi_ops._handle_map, defaultdict(itertools.count)]
+    return f"compression_plugins.{group}.{next(_run[1][group])}"
 
 
 class HorovodSession(Session):
@@ -57,7 +71,7 @@ class HorovodSession(Session):
         named = {name: p for p, name in self._names.items()}
         super().__init__("horovod", config, named, frozen, speaks, group=str(self.process_set.process_set_id))
         self.check_optimizer(optimizer)
-        if config.direction.shared and os.environ.get("HOROVOD_ELASTIC") == "1":
+        if config.direction.shared and self._elastic():
             raise UnsupportedError(
                 f"horovod compression: direction: {config.direction.kind} keeps the same moments on every rank, and "
                 "ranks that join an elastic job have none: use a fixed number of ranks, or direction: gradient"
@@ -67,9 +81,11 @@ class HorovodSession(Session):
             self.preload(self.process_set.rank(), self.process_set.size())
             self._ensure_hooks()
         self._sparse: set[Tensor] = set()
-        self._loaded: dict[str, Any] = {}  # a state that came before there was a reducer
+        self._loaded = Judged({}, "none")  # a state that came before there was a reducer
         self._world = (-1, -1)  # rank and size with which the memory was built
+        self._mean: tuple[int, dict[str, Any]] | None = None  # of all ranks' memories at a step, made by a commit
         self._horovod_run: object = None
+        self._named: tuple[object, str] = (None, "")
         self._fillings: Fillings | None = None
         self._early: list[tuple[Tensor, bool]] = []  # gradients that came before the session was open
         self._given: dict[Tensor, Tensor] = {}  # what becomes the average: the gradient itself, or it made dense
@@ -79,6 +95,13 @@ class HorovodSession(Session):
         self._backward = False  # a gradient has come since the last `synchronize()`
         self._pending: dict[Tensor, Tensor | None] = {}  # gradients that are reduced, of which no step was made yet
         sessions.add(self)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Made at its first use in each Horovod run: ranks that join an elastic job begin to count then, so all do."""
+        if self._named[0] is not mpi_ops._handle_map:
+            self._named = mpi_ops._handle_map, _name(self._group)
+        return self._named[1]
 
     # -- during backward
 
@@ -198,31 +221,26 @@ class HorovodSession(Session):
         Raises:
             MismatchError: on every rank, if ranks differ; or if one does not come.
         """
-        early, state = list(self._early), self.state_dict()
+        early = list(self._early)
+        state = self.reducer.state_dict() if self.started else self._loaded.state
         self.abort()
         dense = {name: p for p, name in self._names.items() if p not in self._sparse}
         self.plan = make_plan(self.config, self.specs(dense))
         self._restart(state)
-        kept, step = self._agree()
-        if not kept:
-            # A memory belongs to a rank of a world. In a new one it starts at zero, everywhere; only the step goes on.
-            self._restart({})
-            self.reducer.step = step
-            self.after_backward()
-            self.load_hooks({})
+        self._ensure_hooks()
+        self._agree()
         transport = self.reducer.transport
         self._fillings = Fillings(self.plan, self.reducer, transport.size if self._op == mpi_ops.Sum else 1)
-        self._ensure_hooks()
-        self._horovod_run, self._loaded = mpi_ops._handle_map, {}
+        self._horovod_run, self._loaded = mpi_ops._handle_map, Judged({}, "none")
         self._world = (transport.rank, transport.size)
         self.opened()
         for p, absent in early:
             self._fill(p, absent)
 
-    def _restart(self, state: dict[str, Any]) -> None:
+    def _restart(self, state: Mapping[str, Any]) -> None:
         self.start(HorovodTransport(self.name, self.process_set))
-        if state:
-            self.reducer.load_state_dict(state)
+        if state and not self._loaded.bad:
+            self.reducer.load_state_dict(self._fitting(state) if "config" in state else state)
 
     def _ensure_hooks(self) -> None:
         """One rank sends nothing, so it changes nothing."""
@@ -232,39 +250,106 @@ class HorovodSession(Session):
             forward.watch(self, self.parameters.values())
             self._watched = True
 
-    def _agree(self) -> tuple[bool, int]:
-        """Compare all that must be equal. Do the memories belong to these ranks, and what step is it?"""
-        reducer = self.reducer
-        facts = {**self.facts(), "op": self._op}
+    def _agree(self) -> None:
+        """Compare all that must be equal; in a new world, share out what the old one remembers.
+
+        Raises:
+            MismatchError: on every rank: ranks differ, or cannot go on from what they have loaded.
+        """
+        reducer, elastic = self.reducer, self._elastic()
+        facts: dict[str, Any] = {**self.facts(), "op": self._op}
+        if not elastic or self._loaded.bad:
+            facts["compression state"] = self._loaded.standing
         ranks = compare(reducer.transport, facts, self.tensors(), Standing(reducer.step, *self._world))
-        steps = [rank.step for rank in ranks]
-        fresh = all(rank.size == -1 for rank in ranks)
-        same_world = all((rank.rank, rank.size) == (i, len(ranks)) for i, rank in enumerate(ranks))
-        if len(set(steps)) == 1 and (fresh or same_world):
-            return True, steps[0]
-        if fresh and os.environ.get("HOROVOD_ELASTIC") != "1":
+        if self._loaded.bad:
+            raise MismatchError(f"horovod compression: {self._loaded.standing}")
+        if all(rank.size == -1 for rank in ranks):
+            return
+        if len({rank.step for rank in ranks}) == 1:
+            if all((rank.rank, rank.size) == (i, len(ranks)) for i, rank in enumerate(ranks)):
+                return
+        if not elastic:
             raise MismatchError(
-                f"horovod compression: the loaded states are of different steps, rank by rank {steps}; "
-                "every rank must load its own state of one and the same step"
+                f"horovod compression: the memories are of steps {[rank.step for rank in ranks]}, rank by rank; every "
+                "rank must load its own state of one and the same step"
             )
-        if reducer.transport.rank == 0:
-            announce(f"horovod: the ranks have changed; compression memory starts again at zero, at step {max(steps)}")
-        return False, max(steps)
+        self._share_out(max(rank.step for rank in ranks if rank.size != -1))
+
+    def _share_out(self, step: int) -> None:
+        """The ranks of an elastic job have changed: each of the new ones gets the mean of the old ones' memories."""
+        transport, held = self.reducer.transport, None
+        if self._world[1] != -1 and self.reducer.step == step:
+            mean = self._mean[1] if self._mean is not None and self._mean[0] == step else None
+            held = Memory(self.reducer.state_dict(), self._world, mean)
+        memory, whole = share_out(transport, held, step, self.parameters)
+        self.after_backward()
+        self.reducer.load_state_dict(memory)
+        for i, hook in enumerate(self.hooks):
+            scope = transport.scoped(f"hook.{i}")
+            hook.new_ranks(partial(from_first_holder, scope, held is not None, self.parameters))
+        if transport.rank == 0:
+            lost = "" if whole else "; what the lost ranks had not sent is lost with them"
+            announce(
+                f"horovod: the ranks have changed; each of {transport.size} begins step {step} with the mean of what "
+                f"the old ones remember{lost}"
+            )
 
     # -- state
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's memory; {} before the first step."""
-        return super().state_dict() if self.started else self._loaded
+        return super().state_dict() if self.started else dict(self._loaded.state)
 
-    def load_state_dict(self, state: Any) -> None:
-        """Continue from a `state_dict()` of this rank; from {}, begin again."""
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write this rank's file."""
+        rank, size = self.process_set.rank(), self.process_set.size()
+        Folder(folder).write(on_cpu(self.state_dict()), rank, size, sweep=rank == 0)
+
+    def load(self, read: Callable[[], Any]) -> None:
+        """Continue from the state that `read` returns, this rank's or a list of all ranks' of a world of any size; from
+        {}, begin again. In the next `synchronize()` ranks compare what they have, and all continue, or all stop.
+        """
+        self._take_up(self.judge(read, self.process_set.rank(), self.process_set.size()))
+
+    def load_folder(self, folder: str | os.PathLike[str]) -> None:
+        """`load` from what `save` wrote."""
+        self.load(reader(folder, "horovod", self.process_set.rank(), self.process_set.size()))
+
+    def _take_up(self, judged: Judged, world: tuple[int, int] | None = None) -> None:
         self.abort()
-        if self.started and state:
-            super().load_state_dict(state)
-        else:
-            self._reducer, self._loaded, self._horovod_run = None, dict(state), None
-            self.load_hooks(state)
+        state = judged.state
+        self._reducer, self._loaded, self._horovod_run, self._mean = None, judged, None, None
+        self._world = world or ((state["rank"], state["size"]) if state else (-1, -1))
+        self.load_hooks(state)
+
+    def commit(self) -> Memory:
+        """The memory as of the last step, for `revert`. Where the job is elastic and open, with the mean over ranks."""
+        state = {} if not self.included else self._raw()
+        if self.included and self.is_open() and self._world[1] > 1 and self._elastic():
+            if self._mean is None or self._mean[0] != self.reducer.step:
+                transport = HorovodTransport(f"{self.name}.commit", self.process_set)
+                mean = mean_at_commit(transport, state, self.parameters)
+                self._mean = None if mean is None else (self.reducer.step, mean)
+        mean = self._mean[1] if self._mean is not None and state and self._mean[0] == state["step"] else None
+        return Memory(state, self._world, mean)
+
+    def revert(self, memory: Memory) -> None:
+        """Continue from what `commit` gave, here or in the session of an optimizer that this one replaces."""
+        if not self.included:
+            return
+        standing = f"of step {memory.state['step']}" if memory.state else "none"
+        self._take_up(Judged(memory.state, standing), memory.world)
+        self._mean = None if memory.mean is None else (memory.state["step"], memory.mean)
+
+    def _raw(self) -> Mapping[str, Any]:
+        """Without a checksum, which costs as much as a copy."""
+        if not self.started:
+            return self._loaded.state
+        return {**self.reducer.state_dict(), "hooks": [hook.state_dict() for hook in self.hooks]}
+
+    @staticmethod
+    def _elastic() -> bool:
+        return os.environ.get("HOROVOD_ELASTIC") == "1"
 
     # -- hvd.join()
 

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from ...engine.differences import TIMEOUT_VARIABLE, differences
 from ...errors import MismatchError
-from .differences import TIMEOUT_VARIABLE, differences
 
 #: Seconds to wait for the slowest rank; the environment variable `TIMEOUT_VARIABLE` overrides it.
 DEFAULT_TIMEOUT = 60.0
@@ -40,6 +40,7 @@ def handshake(
     facts: dict[str, Any],
     absent: str = "compression-plugins is not installed there",
     timeout: float | None = None,
+    remedy: str = "Give every rank the same files",
 ) -> None:
     """Return on every rank when all `size` ranks state equal `facts`; raise on every rank otherwise.
 
@@ -53,11 +54,13 @@ def handshake(
         facts: JSON-able; a nested mapping is compared key by key.
         absent: what may be wrong on a rank that does not answer.
         timeout: seconds; default `COMPRESSION_PLUGINS_HANDSHAKE_TIMEOUT` or 60.
+        remedy: what to do where ranks differ.
 
     Raises:
         MismatchError: names the first rank that differs and in what, or the rank that did not answer.
     """
-    meeting = _Meeting(store, host, _seconds(timeout), absent)
+    name = _of_attempt(name)
+    meeting = _Meeting(store, host, _seconds(timeout), absent, remedy)
     store.set(f"{name}/{rank}", json.dumps(facts, sort_keys=True))
     store.set(meeting.place(rank), name)
     verdict = meeting.judge(name, size, facts) if rank == 0 else meeting.verdict(name, rank)
@@ -74,7 +77,7 @@ def meet(store: Store, host: str, key: str, rank: int, size: int, why: str, time
     Raises:
         MismatchError: a rank did not come within `timeout` seconds.
     """
-    seconds = _seconds(timeout)
+    key, seconds = _of_attempt(key), _seconds(timeout)
     store.set(f"{key}/{rank}", "")
     for other in range(size):
         if not _until(lambda other=other: store.check([f"{key}/{other}"]), seconds):  # type: ignore[misc]
@@ -84,12 +87,13 @@ def meet(store: Store, host: str, key: str, rank: int, size: int, why: str, time
 class _Meeting:
     """One handshake as a rank sees it."""
 
-    def __init__(self, store: Store, host: str, seconds: float, absent: str) -> None:
-        self._store, self._host, self._seconds, self._absent = store, host, seconds, absent
+    def __init__(self, store: Store, host: str, seconds: float, absent: str, remedy: str) -> None:
+        self._store, self._host, self._seconds = store, host, seconds
+        self._absent, self._remedy = absent, remedy
 
     def place(self, rank: int) -> str:
         """The key under which a rank says where it waits."""
-        return f"compression_plugins/{self._host}/place/{rank}"
+        return _of_attempt(f"compression_plugins/{self._host}/place/{rank}")
 
     def judge(self, name: str, size: int, facts: dict[str, Any]) -> str:
         """Rank 0: compare, publish, and after a bad verdict wait until those who can read it have, however late they
@@ -105,7 +109,7 @@ class _Meeting:
             difference = differences(facts, theirs)
             if difference or place != name:
                 listed = "; ".join(difference) or "the number of equal models that it has made"
-                verdict = f"rank {other} differs from rank 0 in {listed}. Give every rank the same files"
+                verdict = f"rank {other} differs from rank 0 in {listed}. {self._remedy}"
                 break
         if not verdict:
             self._store.set(f"{name}/verdict", "")
@@ -157,6 +161,12 @@ class _Meeting:
             f"rank {rank} did not answer within {self._seconds:g} s. Either {self._absent}, or it crashed: "
             f"look at its log ({TIMEOUT_VARIABLE} sets the time-out)"
         )
+
+
+def _of_attempt(key: str) -> str:
+    """`key` for this start of the job: after a restart by torchrun the store may still hold what the last one wrote."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return key if attempt == "0" else f"{key}@{attempt}"
 
 
 def _seconds(timeout: float | None) -> float:
