@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint audit clean
+.PHONY: setup demo test lint audit soak clean
 
 setup:
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) was not found: install Python 3.10 or newer, or run make PYTHON=/path/to/python3" >&2; exit 2; }
@@ -25,6 +25,10 @@ test: lint
 audit: setup
 	@test -x .venv/audit/bin/pip-audit || { $(PYTHON) -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit; } || { echo "make audit: pip-audit could not be installed; it needs the package index" >&2; exit 2; }
 	.venv/audit/bin/pip-audit --path $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") --skip-editable --progress-spinner off
+
+# 20,000 steps of two ranks with all schemes in turn, 20 minutes at most: memory flat, residuals bounded.
+soak: setup
+	@$(BIN)/python -m launch.soak
 
 clean:
 	rm -rf .venv out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -41,6 +41,7 @@ TARGETS = ("make demo", "make test")
 QUICK = (
     "compression-plugins schemes",
     "compression-plugins show",
+    "compression-plugins explain",
     "compression-plugins advise",
     "compression-plugins rates",
     "compression-plugins bench launch/bench/crossover.yaml --dry-run",

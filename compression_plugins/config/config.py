@@ -71,6 +71,9 @@ class Settings(BaseModel):
     check_every: Annotated[int, Field(ge=0)] = Field(
         0, description="steps after which ranks compare all parameters, to the bit; 0: never"
     )
+    cosine_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps after which telemetry compares averages with dense ones, which then travel too; 0: never"
+    )
     on_nonfinite: Literal["pass", "raise", "skip"] = Field(
         "pass",
         description="of a gradient that is not finite: pass it on as the host does, end the job, or skip the step",

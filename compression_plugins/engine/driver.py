@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from .._lazy import torch
 from ..core.call import Program
 from ..core.seconds import Seconds
 from ..errors import CompressionError
@@ -18,6 +20,13 @@ T = TypeVar("T")
 #: Programs started after one before the driver waits for its operation, where order is a contract between ranks.
 #: With one fewer, a wait would leave nothing on the network; every further one delays the second operations.
 _LAG = 2
+
+
+def _range(phase: str) -> AbstractContextManager[Any]:
+    """A range of `torch.profiler`, compression.encode, .decode or .wait, where one is recording."""
+    if torch.autograd._profiler_enabled():
+        return torch.profiler.record_function(f"compression.{phase}")
+    return nullcontext()
 
 
 class Work(Generic[T]):
@@ -50,7 +59,7 @@ class Work(Generic[T]):
         if self.done:
             return
         try:
-            with self._engine.seconds.spent("exposed"):
+            with _range("wait"), self._engine.seconds.spent("exposed"):
                 value = self._handle.wait()  # type: ignore[union-attr]
         except BaseException:
             self.abort()
@@ -85,7 +94,8 @@ class Work(Generic[T]):
             self._program.close()
 
     def _send(self, value: Tensor | None) -> None:
-        with self._engine.seconds.spent("decode" if self.phase else "encode"):
+        what = "decode" if self.phase else "encode"
+        with _range(what), self._engine.seconds.spent(what):
             try:
                 self._handle = self._program.send(value)
             except StopIteration as stop:

@@ -29,7 +29,7 @@ from .marks import marked
 from .plan import Bucket
 from .saved import STATE_VERSION
 from .state import CallSlots, State
-from .telemetry import Counters, Telemetry
+from .telemetry import Cosine, Counters, Telemetry
 
 _SAMPLES = 32  # elements of a tensor that are looked at before all of it is
 
@@ -81,6 +81,7 @@ class Reducer:
         self._uses: dict[int, int] = {}  # reductions of a bucket in this step: micro-batches
         self._dense = 0.0  # bytes that the host would have sent
         self._samples: dict[Bucket, Tensor] = {}
+        self._cosine = Cosine()
 
     @property
     def warming(self) -> bool:
@@ -222,7 +223,7 @@ class Reducer:
         self.health.clear()
         if self.telemetry is not None:
             self.telemetry.step(self._counters(skipped))
-        self._dense, self.beside = 0.0, 0.0
+        self._dense, self.beside, self._cosine = 0.0, 0.0, Cosine()
 
     def state_dict(self) -> dict[str, Any]:
         """As of the last step that is done. Plain dicts, numbers and tensors; loads with
@@ -268,6 +269,7 @@ class Reducer:
         if isinstance(view, Verified):
             view.about = f"the bucket of {bucket.segments[0].name!r}"
         before = view.typical
+        sample = flat.clone() if self._compares(bucket, shards, exact) else None
         call = Call(
             transport=view,
             key=Key(self.config.seed, bucket.id, self.step, self.transport.rank, stream(Purpose.ENCODE, use)),
@@ -294,9 +296,17 @@ class Reducer:
             result = yield from (around(program, call) if around else program)
             if not self.warming:
                 self.ledger.book(bucket, view.typical - before, shards is not None)
+            if sample is not None:
+                self._cosine.add(result, (yield view.all_reduce(sample)))
             return result
         finally:
             slots.close()
+
+    def _compares(self, bucket: Bucket, shards: Sequence[int] | None, exact: bool) -> bool:
+        """Whether the dense average of `bucket` travels as well in this step, for telemetry; on every rank alike."""
+        every = self.config.cosine_every
+        compressed = not (exact or self.scheme_of(bucket).host_dense or bucket.direction.formed)
+        return bool(every) and self.step % every == 0 and compressed and shards is None and bucket.role == "gradient"
 
     def _zero_tensors(self, bucket: Bucket, flat: Tensor) -> frozenset[str]:
         """Names of the segments that are zero everywhere."""
@@ -324,6 +334,7 @@ class Reducer:
             state_bytes=self.state.nbytes(),
             seconds=self.engine.seconds,
             skipped=skipped,
+            cosine=self._cosine.value(),
         )
 
 

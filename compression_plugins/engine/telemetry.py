@@ -7,13 +7,18 @@ COMPRESSION_PLUGINS_TELEMETRY=tensorboard:runs/a   scalars under compression/
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .._lazy import torch
 from ..core.seconds import Seconds
 from ..errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ENVIRONMENT_VARIABLE = "COMPRESSION_PLUGINS_TELEMETRY"
 #: Attributes of `Seconds` that are recorded, each as NAME_s.
@@ -33,6 +38,7 @@ class Counters(NamedTuple):
         state_bytes: bytes of state.
         seconds: by phase, all steps.
         skipped: whether the step was taken back.
+        cosine: of the averages and the dense averages of this step, where `cosine_every` says so.
     """
 
     step: int
@@ -42,6 +48,27 @@ class Counters(NamedTuple):
     state_bytes: int
     seconds: Seconds
     skipped: bool
+    cosine: float | None = None
+
+
+class Cosine:
+    """Of all buckets of a step, as if they were one vector."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+
+    def add(self, result: Tensor, dense: Tensor) -> None:
+        """An average, and what it is without compression times any factor; both flat, of one length."""
+        a, b = result.double(), dense.double()
+        sums = (a @ b).reshape(1), (a @ a).reshape(1), (b @ b).reshape(1)
+        self._sums = torch.cat(sums) if self._sums is None else self._sums + torch.cat(sums)
+
+    def value(self) -> float | None:
+        """Between -1 and 1; None where nothing was compared, or one is zero."""
+        if self._sums is None:
+            return None
+        product, a, b = self._sums.tolist()
+        return product / math.sqrt(a * b) if a * b > 0 else None
 
 
 class Telemetry:
@@ -91,12 +118,13 @@ class Telemetry:
             "residual_norm": now.norm() if self._lines % NORM_EVERY == 0 else None,
             "state_bytes": now.state_bytes,
             **spent,
+            "cosine": None if now.cosine is None else round(now.cosine, 5),
             "skipped": now.skipped,
         }
         self._lines += 1
         if self._board is None:
             self._file.write(json.dumps(values) + "\n")
             return
-        for name in ("sent_bytes", "ratio", "residual_norm", "state_bytes", *spent):
+        for name in ("sent_bytes", "ratio", "residual_norm", "state_bytes", "cosine", *spent):
             if values[name] is not None:
                 self._board.add_scalar(f"compression/{name}", values[name], now.step)

@@ -7,7 +7,8 @@ Operations run on the current stream of the caller's device, and `wait` orders t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 
 import torch
@@ -26,13 +27,20 @@ _SHORT = 1 << 19
 _FIRST_TAG = _TAGS = 1 << 30
 
 
+class PeerLostError(RuntimeError):
+    """An exchange of compressed data has failed, because a rank is gone or does not answer; the cause is torch's own
+    error.
+    """
+
+
 class TorchDistributed(Transport):
     """One rank of a process group.
 
     Args:
         group: the ranks that take part; None is the default group.
 
-    Every rank must start operations in the same order (`ordered`): Gloo and NCCL match them by it.
+    Every rank must start operations in the same order (`ordered`): Gloo and NCCL match them by it. Where an operation
+    fails, `wait` raises `PeerLostError`, with the rank that is lost where only one can be.
     """
 
     ordered = True
@@ -64,7 +72,7 @@ class TorchDistributed(Transport):
         result = x.clone()
         if self.size == 1:
             return Done(result)
-        return _Pending(dist.all_reduce(result, group=self.group, async_op=True), result, x)
+        return self._pending(dist.all_reduce(result, group=self.group, async_op=True), result, x)
 
     def _all_gather(self, x: Tensor) -> Handle:
         if self.size == 1:
@@ -75,9 +83,9 @@ class TorchDistributed(Transport):
         if x.is_cpu and result.nbytes <= _SHORT:
             copies = x.repeat(self.size)
             work = dist.all_to_all_single(result.view(-1), copies, group=self.group, async_op=True)
-            return _Pending(work, result, copies)
+            return self._pending(work, result, copies)
         work = _all_gather(result.view(-1), x, group=self.group, async_op=True)
-        return _Pending(work, result, x)
+        return self._pending(work, result, x)
 
     def _all_gather_uneven(self, x: Tensor, lengths: Sequence[int]) -> Handle:
         result = x.new_empty(sum(lengths))
@@ -93,7 +101,7 @@ class TorchDistributed(Transport):
         if self.size == 1:
             return Done(result)
         source = dist.get_global_rank(self.group, root)
-        return _Pending(dist.broadcast(result, source, group=self.group, async_op=True), result, x)
+        return self._pending(dist.broadcast(result, source, group=self.group, async_op=True), result, x)
 
     def _send_recv(self, x: Tensor, to: int, source: int, receive: int | None) -> Handle:
         # An all-to-all, whose empty parts cost no bytes: NCCL would need an isend and an irecv grouped.
@@ -108,7 +116,12 @@ class TorchDistributed(Transport):
         if long:
             return self._exchange(x, x.split(list(send)), result, result.split(list(receive)))
         work = dist.all_to_all_single(result, x, list(receive), list(send), group=self.group, async_op=True)
-        return _Pending(work, result, x)
+        return self._pending(work, result, x)
+
+    def _pending(self, work: dist.Work | None, result: Tensor, source: Tensor) -> _Pending:
+        peer = f"rank {1 - self.rank}" if self.size == 2 else "a rank"
+        assert work is not None  # this process is one of the group
+        return _Pending(work, result, source, f"rank {self.rank} lost {peer}")
 
     def _is_long(self, x: Tensor) -> bool:
         """Whether `_exchange` is the way of messages that are `x` in all; every rank has as many bytes."""
@@ -124,9 +137,9 @@ class TorchDistributed(Transport):
         tag = _FIRST_TAG + next(self._numbers) % _TAGS
         inbox[self.rank].copy_(outbox[self.rank])
         others = [(self.rank + i) % self.size for i in range(1, self.size)]
-        works = [self._post(dist.irecv, inbox[rank], rank, tag) for rank in others if inbox[rank].numel()]
-        works += [self._post(dist.isend, outbox[rank], rank, tag) for rank in others if outbox[rank].numel()]
-        exchange = _Exchange(works, result, x, self._flying)
+        works = [(self._post(dist.irecv, inbox[rank], rank, tag), rank) for rank in others if inbox[rank].numel()]
+        works += [(self._post(dist.isend, outbox[rank], rank, tag), rank) for rank in others if outbox[rank].numel()]
+        exchange = _Exchange(self.rank, works, result, x, self._flying)
         self._flying.append(exchange)
         return exchange
 
@@ -137,8 +150,8 @@ class TorchDistributed(Transport):
 class _Pending:
     """A work in flight; keeps the input alive, which the backend reads until it is done."""
 
-    def __init__(self, work: dist.Work, result: Tensor, source: Tensor) -> None:
-        self._work, self._result, self._source = work, result, source
+    def __init__(self, work: dist.Work, result: Tensor, source: Tensor, lost: str) -> None:
+        self._work, self._result, self._source, self._lost = work, result, source, lost
 
     def poll(self) -> bool:
         return self._work.is_completed()
@@ -146,8 +159,22 @@ class _Pending:
     def wait(self) -> Tensor:
         if self._result.is_cpu:  # elsewhere `wait` blocks a stream, not the host
             stay_awake(self.poll)
-        self._work.wait()
+        with _telling(self._lost):
+            self._work.wait()
         return self._result
+
+
+@contextmanager
+def _telling(lost: str) -> Iterator[None]:
+    """Say who is lost where torch says which socket closed."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise PeerLostError(
+            f"{lost} in an exchange of compressed data: it died, hangs or cannot be reached; the first error of any "
+            f"rank says why ({reason})"
+        ) from error
 
 
 class _Exchange:
@@ -157,8 +184,15 @@ class _Exchange:
     waits for, as its program was aborted, stays in `flying` until one that began later is done; then it is done too.
     """
 
-    def __init__(self, works: list[dist.Work], result: Tensor, source: Tensor, flying: deque[_Exchange]) -> None:
-        self._works, self._result, self._source, self._flying = works, result, source, flying
+    def __init__(
+        self,
+        rank: int,
+        works: list[tuple[dist.Work, int]],
+        result: Tensor,
+        source: Tensor,
+        flying: deque[_Exchange],
+    ) -> None:
+        self._rank, self._works, self._result, self._source, self._flying = rank, works, result, source, flying
 
     def poll(self) -> bool:
         return not self._works  # they do not say that they are done before somebody waits for them
@@ -171,5 +205,7 @@ class _Exchange:
 
     def _finish(self) -> None:
         while self._works:
-            self._works[0].wait()  # at most once: a second time it would wait for a second message
+            work, peer = self._works[0]
+            with _telling(f"rank {self._rank} lost rank {peer}"):
+                work.wait()  # at most once: a second time it would wait for a second message
             del self._works[0]

@@ -287,13 +287,14 @@ class DeepSpeedSession:
         optimizer = self.engine.optimizer
         withheld = self.common.ill and not hasattr(optimizer, "overflow")
         if withheld:  # a plain torch optimizer: others skip by themselves
-            withhold(optimizer)
+            hook = optimizer.register_step_pre_hook(lambda stepping, *_: withhold(stepping))  # after clipping
             optimizer.overflow = True  # so that DeepSpeed counts the step as skipped
         try:
             yield
         finally:
             self.stepping = self._reduced = False
             if withheld:
+                hook.remove()
                 del optimizer.overflow
         self.common.end_step(bool(getattr(optimizer, "overflow", False)), getattr(optimizer, "optimizer", optimizer))
 
