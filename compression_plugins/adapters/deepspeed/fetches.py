@@ -122,7 +122,8 @@ class Fetches:
         def all_gather_coalesced(params: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Any:
             mine = list(params)
             coded = [p for p in mine if self.codes(p)]
-            if not (self.coding and coded and self.session.engine.module.training):
+            trains = self.coding and self.session.engine.module.training and not self.session.reducer.warming
+            if not (trains and coded):
                 return original(mine, safe_mode=safe_mode, quantize=quantize)
             rest = [p for p in mine if not self.codes(p)]
             handles = [original(rest, safe_mode=safe_mode, quantize=quantize)] if rest else []

@@ -40,6 +40,8 @@ def runs(tmp_path_factory):
         cases[f"zero.Init: {name}"] = case({**zero(3, **LOW), **BF16}, block, init=True)
     for name, more in (("hit", {"overflow": 2}), ("clean", {"leave_out": 2})):
         cases[f"overflow: {name}"] = case({**zero(3, **LOW), **FP16}, EF, steps=6, **more)
+    for name, block in (("dense", None), ("coded", {**CODED, "warmup_steps": STEPS})):
+        cases[f"warm-up: {name}"] = case(zero(3, **LOW), block, steps=STEPS)
     gather = {"stage3_gather_16bit_weights_on_model_save": True}
     config = {**zero(3, **LOW, **gather), "gradient_accumulation_steps": 2}
     cases["coded"] = case(config, CODED, steps=8, half="half")
@@ -62,6 +64,11 @@ def test_what_is_not_compressed_is_scattered_as_deepspeed_does_it_under_zero_ini
     assert torch.equal(none[0]["weights"], dense["weights"]) and none[0]["losses"] == dense["losses"]
     sent = sum(report["sent"] for report in none) / 2
     assert sent == pytest.approx(STEPS * 2 * none[0]["weights"].numel() / 2, rel=0.01)  # half of bf16, once
+
+
+def test_gradients_and_parameters_travel_as_they_are_in_the_warm_up(runs):
+    dense, coded = runs[0]["warm-up: dense"][0], runs[0]["warm-up: coded"][0]
+    assert torch.equal(coded["weights"], dense["weights"]) and coded["sent of weights"] == 0
 
 
 def test_an_fp16_overflow_is_skipped_on_every_rank_and_leaves_no_trace(runs):
