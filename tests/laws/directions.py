@@ -41,7 +41,7 @@ def moments(reducer: Reducer) -> dict[str, Any]:
 
 def moments_of(state: Mapping[str, Any]) -> dict[str, Any]:
     names = ("momentum", "adam_m", "adam_v", "shared_m", "shared_v", "adam_clock", "shared_clock")
-    names += ("lamb_fresh", "lamb_coeff", "lamb_factor", "lamb_scale")
+    names += ("lamb_fresh", "lamb_coeff", "lamb_change", "lamb_scale")
     return {slot: named for kind in ("vectors", "tensors") for slot, named in state[kind].items() if slot in names}
 
 

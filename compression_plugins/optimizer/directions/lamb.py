@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from ...core.call import Call
     from ...core.memory import Vector
+
+#: Of each tensor: the average of its trust ratio in the warm-up, and the last factor less one.
+_SLOTS = ("lamb_coeff", "lamb_change")
 
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 
@@ -68,17 +71,16 @@ class FrozenLamb(FrozenAdam):
         plain = torch.stack([_norm(update) for update in updates])
         direction.add_(weights, alpha=self.weight_decay)
         norms = torch.stack([_norm(update) for update in updates])
-        numbers: dict[str, Any] = {
-            name: [self._number(call, name, start, s.name, direction) for s in call.segments]
-            for name, start in (("lamb_coeff", 0.0), ("lamb_factor", 1.0))
-        }
-        average, last = torch.stack(numbers["lamb_coeff"]), torch.stack(numbers["lamb_factor"])
+        coefficients, changes = (
+            [self._number(call, slot, s.name, direction) for s in call.segments] for slot in _SLOTS
+        )
+        average, last = torch.stack(coefficients), 1 + torch.stack(changes)
         if warming:
             sizes = torch.stack([_norm(piece) for piece in pieces_of(weights, call)])
             ratios = (sizes / norms).clamp(self.min_coeff, self.max_coeff)
             ratio = torch.where((sizes != 0) & (norms != 0), ratios, 1.0)
             kept = torch.where(ratio != 1, self.coeff_beta * average + (1 - self.coeff_beta) * ratio, average)
-            torch._foreach_copy_(numbers["lamb_coeff"], list(torch.where(healthy, kept, average)))
+            torch._foreach_copy_(coefficients, list(torch.where(healthy, kept, average)))
             fresh.new.copy_(second.new)
         else:
             factor = self._factors(call, first, second, fresh, healthy, unbias_v)
@@ -88,7 +90,7 @@ class FrozenLamb(FrozenAdam):
             factor = factor.clamp(self.factor_min, self.factor_max)
             room = self.factor_threshold
             factor = torch.minimum(torch.maximum(factor, last * (1 - room)), last * (1 + room))
-            torch._foreach_copy_(numbers["lamb_factor"], list(torch.where(healthy, factor, last)))
+            torch._foreach_copy_(changes, list(torch.where(healthy, factor, last) - 1))
             ratio = average * factor
         torch._foreach_mul_(updates, list(ratio))
 
@@ -115,8 +117,8 @@ class FrozenLamb(FrozenAdam):
             )
         return call.weights()
 
-    def _number(self, call: Call, slot: str, start: float, name: str, like: Tensor) -> Tensor:
-        return call.state.tensor(slot, name, lambda: torch.full((), start, device=like.device))
+    def _number(self, call: Call, slot: str, name: str, like: Tensor) -> Tensor:
+        return call.state.tensor(slot, name, lambda: torch.zeros((), device=like.device))
 
 
 def _norm(x: Tensor) -> Tensor:
