@@ -97,7 +97,7 @@ class HorovodSession(Session):
         sessions.add(self)
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         """Made at its first use in each Horovod run: ranks that join an elastic job begin to count then, so all do."""
         if self._named[0] is not mpi_ops._handle_map:
             self._named = mpi_ops._handle_map, _name(self._group)
