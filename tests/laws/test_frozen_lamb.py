@@ -7,7 +7,7 @@ import torch
 
 from compression_plugins.engine.session import Session
 from compression_plugins.errors import ConfigError, UnsupportedError
-from compression_plugins.transports.local import LocalWorld
+from compression_plugins.transports.local import LocalWorld, drive
 
 from ..world import SHAPES, World, config, mean
 
@@ -98,3 +98,18 @@ def test_a_session_shows_the_weights_of_its_parameters() -> None:
     with torch.no_grad():
         p.fill_(0.5)
     torch.testing.assert_close(session.reducer.reduce(bucket, torch.ones(1200)), torch.full((1200,), 0.5))
+
+
+def test_exempt_tensors_get_the_direction_exactly() -> None:
+    world = World(config("ef_signsgd", direction="frozen_lamb", warmup_steps=2, exempt=["second.*"]), 2)
+    plain = World(config("none", direction="frozen_lamb", warmup_steps=2), 2)
+    (exempt,) = [bucket for bucket in world.plan.buckets if bucket.scheme.host_dense]
+    numel = exempt.numel
+    for step in range(5):
+        gradients = plain.gradients(step)
+        jobs = [r.start(exempt, g[:numel].clone()) for r, g in zip(world.reducers, gradients)]
+        drive(jobs)
+        expected = plain.step(gradients)[0][:numel]
+        for reducer in world.reducers:
+            reducer.end_step()
+        torch.testing.assert_close(jobs[0].result(), expected, rtol=1e-5, atol=1e-6)
