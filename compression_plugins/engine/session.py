@@ -360,16 +360,16 @@ class Session:
         })  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict()` that `judge` gave. One of another scheme starts with empty memory, aloud."""
-        fitting = self._fitting(state)
-        self.reducer.load_state_dict(fitting)
-        self.load_hooks(fitting)
+        """Continue from the state that `judge` gave."""
+        self.reducer.load_state_dict(state)
+        self.load_hooks(state)
 
     def judge(self, read: Callable[[], Any], rank: int, size: int) -> Judged:
         """Whether `rank` of `size` can load the state that `read` returns, its own or a list of all ranks'. Ranks
-        compare their `standing` before any of them loads.
+        compare their `standing` before any of them loads. Of one of another scheme only the step is left, aloud.
         """
-        return judge(read, rank, size, {name: p.numel() for name, p in self.parameters.items()})
+        judged = judge(read, rank, size, {name: p.numel() for name, p in self.parameters.items()})
+        return judged._replace(state=self._fitting(judged.state)) if judged.state else judged
 
     def forget(self, step: int) -> None:
         """Begin with empty memory, at `step`."""

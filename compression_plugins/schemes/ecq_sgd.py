@@ -45,7 +45,7 @@ class ECQSGD(Scheme):
         1.0, description="part of the memory that is added to a gradient"
     )
     beta: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="part of the memory that is kept at each step")
-    reset_steps: Annotated[int, Field(ge=0)] = Field(
+    reset_steps: Annotated[int, Field(ge=0, le=10**9)] = Field(
         0, description="steps after which all that is remembered is forgotten, as LoCo does it; 0: never"
     )
     stages: Literal["auto", 1, 2] = Field(

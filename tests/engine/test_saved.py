@@ -213,7 +213,7 @@ def test_a_session_judges_before_it_loads_and_forgets_what_another_scheme_rememb
     bad = first.judge(lambda: {**state, "step": 4}, 0, 2)
     assert bad.bad and bad.state == {} and "checksum" in bad.standing
     second = session("topk")
-    second.load_state_dict(judged.state)
+    second.load_state_dict(second.judge(lambda: state, 0, 2).state)
     said = capsys.readouterr().err
     assert "scheme ('scalecom' then, 'topk' now)" in said and "they start at zero" in said
     assert second.reducer.step == 3 and second.reducer.state.norm() == 0

@@ -156,7 +156,10 @@ class Compression:
         facts = {**session.facts(), "torch": torch.__version__, "tensors": session.tensors()}
         self._agree(session.name, {**facts, "compression state": self._loaded.standing}, _ABSENT)
         session.start(TorchDistributed(self._group))
-        self._continue(self._loaded)
+        if self._loaded.bad:
+            raise CompressionError(f"DDP compression: {self._loaded.standing}")
+        if self._loaded.state:  # the hooks have theirs
+            session.reducer.load_state_dict(self._loaded.state)
         session.opened()
         return Fillings(session.plan, session.reducer)
 
@@ -340,9 +343,12 @@ class Compression:
         self._loads += 1
         facts = {"compression state": judged.standing}
         self._agree(f"{self.session.name}/load/{self._loads}", facts, "it did not call load_state_dict")
-        if judged.standing == "none":
+        if judged.bad:
+            raise CompressionError(f"DDP compression: {judged.standing}")
+        if judged.state:
+            self.session.load_state_dict(judged.state)
+        else:
             self.session.forget(self.session.reducer.step)
-        self._continue(judged)
         self._reductions = 0
 
     def load_folder(self, folder: str | os.PathLike[str]) -> None:
@@ -351,12 +357,6 @@ class Compression:
 
     def _agree(self, name: str, facts: dict[str, Any], absent: str) -> None:
         handshake(_get_default_store(), "DDP", name, self.rank, self._size, facts, absent, remedy=_REMEDY)
-
-    def _continue(self, judged: Judged) -> None:
-        if judged.bad:
-            raise CompressionError(f"DDP compression: {judged.standing}")
-        if judged.state:
-            self.session.load_state_dict(judged.state)
 
 
 def reduce_bucket(state, bucket):  # DDP reads the signature and refuses annotations that are text

@@ -240,7 +240,7 @@ class HorovodSession(Session):
     def _restart(self, state: Mapping[str, Any]) -> None:
         self.start(HorovodTransport(self.name, self.process_set))
         if state and not self._loaded.bad:
-            self.reducer.load_state_dict(self._fitting(state) if "config" in state else state)
+            self.reducer.load_state_dict(state)
 
     def _ensure_hooks(self) -> None:
         """One rank sends nothing, so it changes nothing."""

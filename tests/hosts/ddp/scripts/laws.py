@@ -166,7 +166,7 @@ def resume(config):
         digests.append(digest(second))
     refused = ""
     try:
-        compression.load_state_dict(second, {**texts[RANK], "rank": RANK + 1})
+        compression.load_state_dict(second, texts[(RANK + 1) % SIZE])
     except ValueError as error:
         refused = str(error)
     return {"straight": digest(straight), "resumed": digests, "refused": refused}

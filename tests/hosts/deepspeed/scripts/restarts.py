@@ -132,7 +132,15 @@ def universal(norm):
     """DeepSpeed's own conversion leaves the memory where it is, and loading finds it."""
     source = FOLDER / "c" / f"step{END}"
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--num_extract_workers", "1"]
-    command += ["--num_merge_workers", "1", "--input_folder", str(source), "--output_folder", f"{source}_universal"]
+    command += [
+        "--inject_missing_state",
+        "--num_merge_workers",
+        "1",
+        "--input_folder",
+        str(source),
+        "--output_folder",
+        f"{source}_universal",
+    ]
     once(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
     engine = build(checkpoint={"load_universal": True})
     return load(engine, f"step{END}_universal")[2] == norm
