@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS, help="of all schemes together")
+    parser.add_argument("--turn", type=int, default=TURN, help="steps of a scheme until the next one takes over")
     parser.add_argument("--out", type=Path, default=_OUT, help="picture; the samples go beside it, as JSON")
     options = parser.parse_args(argv)
     with socket.socket() as s:
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         port = s.getsockname()[1]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     record = options.out.with_suffix(".json")
-    mp.spawn(_rank, (port, options.steps, str(record)), nprocs=RANKS)
+    mp.spawn(_rank, (port, options.steps, options.turn, str(record)), nprocs=RANKS)
     samples = json.loads(record.read_text())
     draw(samples, options.out)
     faults = judge(samples)
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if faults else 0
 
 
-def _rank(rank: int, port: int, steps: int, record: str) -> None:
+def _rank(rank: int, port: int, steps: int, each: int, record: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
     schemes = [name for name in registry.names() if registry.get(name).trains]
@@ -67,7 +68,7 @@ def _rank(rank: int, port: int, steps: int, record: str) -> None:
     began, done, turn = time.monotonic(), 0, 0
     while done < steps:
         scheme = schemes[turn % len(schemes)]
-        count = min(TURN, steps - done)
+        count = min(each, steps - done)
         norm, loss = _train(scheme, count, rank)
         done, turn = done + count, turn + 1
         gc.collect()

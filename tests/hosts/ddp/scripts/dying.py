@@ -1,7 +1,6 @@
 """Two ranks of torch DDP, of which rank 1 does something at a phase of a reduction: `dying.py WHAT PHASE SCHEME`.
 
-WHAT: `die` (SIGKILL), `term` (SIGTERM), `stall` (sleeps for some seconds), `raise` (an exception in scheme code, after
-which both go on), `damage` (one flipped bit, under verify).
+WHAT: `die` (SIGKILL), `term` (SIGTERM), `stall` (sleeps for some seconds), `damage` (one flipped bit, under verify).
 """
 
 import os
