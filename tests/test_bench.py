@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compression_plugins.bench import __main__ as bench
-from compression_plugins.bench import kernels
+from compression_plugins.bench import kernels, timing
 from compression_plugins.schemes import registry
 from compression_plugins.triton_kernels import ops
 
@@ -37,6 +37,7 @@ def test_every_kernel_has_a_row_with_every_column(capsys, tmp_path):
     assert len({(row["kernel"], row["setting"]) for row in rows}) == len(rows)
     packed = {row["kernel"] for row in rows if row["packbits_ms"]}
     assert packed == {"sign_encode", "sign_bits", "signs_expand"}
+    assert f"Numba compiles for {timing.vector_unit()}" in text
 
 
 def test_bytes_of_a_row_are_the_published_bound(capsys):

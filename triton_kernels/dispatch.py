@@ -27,6 +27,7 @@ ENVIRONMENT = "COMPRESSION_PLUGINS_KERNELS"
 _FOLDER = {"reference": "reference", "cpu": "cpu", "triton": "gpu"}
 _NEEDS = {"cpu": "numba", "triton": "triton"}
 _running: ContextVar[str | None] = ContextVar("implementation", default=None)
+_computing: ContextVar[bool] = ContextVar("computing", default=True)
 
 
 def interpreting() -> bool:
@@ -35,13 +36,17 @@ def interpreting() -> bool:
 
 
 @contextmanager
-def running(name: str) -> Iterator[None]:
-    """Inside, every kernel call of this thread runs implementation ``name``, whatever the environment says."""
-    token = _running.set(name)
+def running(name: str, computing: bool = True) -> Iterator[None]:
+    """Inside, every kernel call of this thread runs implementation ``name``, whatever the environment says.
+
+    ``computing=False``: Triton's driver compiles and launches nothing, so that tensors may lie anywhere.
+    """
+    token, other = _running.set(name), _computing.set(computing)
     try:
         yield
     finally:
         _running.reset(token)
+        _computing.reset(other)
 
 
 def implementation(device: torch.device) -> str:
@@ -62,7 +67,7 @@ def implementation(device: torch.device) -> str:
         raise UnsupportedError(f"{ENVIRONMENT}={forced!r} is not one of {', '.join(_FOLDER)}")
     if forced == "cpu" and device.type != "cpu":
         raise UnsupportedError(f"{ENVIRONMENT}=cpu cannot read tensors on {device.type!r}: unset it")
-    if forced == "triton" and device.type == "cpu" and not interpreting():
+    if forced == "triton" and device.type == "cpu" and _computing.get() and not interpreting():
         raise UnsupportedError(
             f"{ENVIRONMENT}=triton with CPU tensors needs Triton's interpreter: "
             "set TRITON_INTERPRET=1 before Python starts, or use CUDA tensors"

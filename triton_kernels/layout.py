@@ -105,6 +105,6 @@ def draws_of(rank: int, size: int) -> tuple[int, int]:
 def split(payload: torch.Tensor, scales: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Views ``(scales fp32, code words int32)`` of a payload [bytes] or of payloads [ranks, bytes]."""
     if not payload.numel():  # rows of an empty [ranks, 0] tensor start at odd offsets, which `view` refuses
-        payload = torch.empty_like(payload)
+        payload = payload.new_empty(payload.shape)
     words32 = payload.view(-1).view(torch.int32).view(*payload.shape[:-1], payload.shape[-1] // 4)
     return words32[..., :scales].view(torch.float32), words32[..., scales:]

@@ -29,6 +29,10 @@ def parser() -> argparse.ArgumentParser:
     kernels.add_argument("--repeats", type=int, default=9, help="runs after warm-up, of which the median counts")
     kernels.add_argument("--only", action="append", default=[], metavar="PATTERN", help="kernels, for example 'sign_*'")
     kernels.add_argument("--no-compile", action="store_true", help="leave out torch.compile (most of the time)")
+    kernels.add_argument(
+        "--static", nargs="+", metavar="sm_90", help="compile the Triton kernels for these targets; needs no GPU"
+    )
+    kernels.add_argument("--markdown", action="store_true", help="with --static: tables for a document")
     kernels.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object a row")
     kernels.set_defaults(run=_kernels)
     schemes = commands.add_parser("schemes", help="time, size and error of every scheme, beside bf16")
@@ -56,8 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _kernels(options: argparse.Namespace) -> None:
     import torch
 
-    from . import kernels
+    from . import kernels, static
 
+    if options.static:
+        static.run(options.static, options.numel, options.only, options.json, options.markdown)
+        return
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     kernels.run(device, options.numel, options.repeats, not options.no_compile, options.only, options.json)
 

@@ -25,7 +25,7 @@ from .. import triton_kernels as K
 from ..errors import ConfigError, UnsupportedError
 from ..triton_kernels import dispatch, ops
 from .table import aligned
-from .timing import copy_rate, machine, median_seconds, one_thread
+from .timing import copy_rate, machine, median_seconds, one_thread, vector_unit
 
 BUCKET = 25 * 2**20 // 4  # one gradient bucket of 25 MiB
 NUMEL = {"cpu": BUCKET, "cuda": 2**26}  # larger than the caches, as gradients are
@@ -202,7 +202,7 @@ def run(
     numel = NUMEL[target.type] if numel is None else numel
     if numel < 1 or repeats < 1:
         raise ConfigError(f"numel and repeats must be at least 1, got {numel} and {repeats}")
-    names = _matching(only)
+    names = matching(only)
     about = machine(target) | {"numel": numel}
     with one_thread():
         chosen = (case for case in cases(numel, target) if case.kernel in names)
@@ -213,7 +213,8 @@ def run(
     return rows
 
 
-def _matching(patterns: Sequence[str]) -> set[str]:
+def matching(patterns: Sequence[str]) -> set[str]:
+    """Names of the kernels that a pattern matches; all of them for no pattern."""
     names = {name for pattern in patterns or ["*"] for name in fnmatch.filter(ops.FAMILY_OF, pattern)}
     if not names:
         raise ConfigError(f"no kernel matches {', '.join(patterns)}; kernels: {', '.join(ops.FAMILY_OF)}")
@@ -231,6 +232,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         cells.append((row["kernel"], row["setting"], f"{row['bytes'] / row['numel']:.3f}", *numbers))
     lines = [
         f"{about['machine']}, {about['date']}, {versions}",
+        *([f"Numba compiles for {vector_unit()}"] if about["implementation"] == "cpu" else []),
         f"{about['numel']:,} fp32 elements, copy {rate / 1e9:.1f} GB/s{threads}",
         "",
     ]

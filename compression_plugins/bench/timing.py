@@ -72,6 +72,15 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def vector_unit() -> str:
+    """The processor as LLVM knows it, and its widest vectors, for which Numba's loops are compiled."""
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features()
+    widest = (name for name in ("avx512f", "avx2", "avx", "sse4.2", "sve", "neon") if features.get(name))
+    return f"{binding.get_host_cpu_name()}, {next(widest, 'no vectors that it names')}"
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)

@@ -41,7 +41,7 @@ def halves_in_triton(key: Key, numel: int) -> torch.Tensor:
 
     from compression_plugins.triton_kernels.gpu import _philox
 
-    from .triton_philox import uniform16_kernel
+    from .small_kernels import uniform16_kernel
 
     counters = triton.next_power_of_2(-(-numel // 8))
     out = torch.empty(8 * counters, dtype=torch.int32, device=checks.device_of("triton"))

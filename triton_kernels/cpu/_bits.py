@@ -1,7 +1,8 @@
-"""Thirty-two sign bits at a time: two LLVM intrinsics that Numba's own loops do not reach.
+"""LLVM intrinsics that Numba's own loops do not reach: thirty-two sign bits at a time, and the bits of a float.
 
-Both are plain LLVM vector code (a comparison, a select, and the bit cast between ``<32 x i1>`` and ``i32``), so they
-compile on every CPU; on x86 they become a few compare, pack and movemask instructions. Memory is not bounds-checked.
+The first two are plain LLVM vector code (a comparison, a select, and the bit cast between ``<32 x i1>`` and ``i32``),
+so they compile on every CPU; on x86 they become a few compare, pack and movemask instructions. Memory is not
+bounds-checked. The other two are bit casts of scalars, which keep a conversion in one loop that LLVM vectorises.
 """
 
 from __future__ import annotations
@@ -50,3 +51,23 @@ def spread_mask(typing_context, mask, one, zero, out, index):
         return context.get_dummy_value()
 
     return types.void(types.uint32, types.float32, types.float32, out, types.uintp), codegen
+
+
+@intrinsic
+def as_float(typing_context, bits):
+    """``as_float(bits: int32) -> float32``"""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), codegen
+
+
+@intrinsic
+def as_bits(typing_context, value):
+    """``as_bits(value: float32) -> int32``"""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), codegen

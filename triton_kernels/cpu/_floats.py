@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import float32, int32, uint8, uint16, uintp
 
+from ._bits import as_bits, as_float
 from ._jit import jit
 
 _I = np.int32
@@ -73,31 +74,25 @@ def to_fp16(p, count, codes, first, scratch):
 @jit()
 def from_fp8(codes, first, count, p, scale):
     """``p = e4m3(codes) * scale``."""
-    bits, first = p.view(np.int32), uintp(first)
+    first = uintp(first)
     for i in range(uintp(count)):
-        magnitude = int32(int32(codes[first + i]) & _I(0x7F))
+        code = int32(codes[first + i])
+        magnitude = int32(code & _I(0x7F))
         number = int32(int32(magnitude << _I(20)) + _I(120 << 23))
-        bits[i] = _NAN if magnitude == _I(0x7F) else number
-    for i in range(uintp(count)):
-        magnitude = int32(int32(codes[first + i]) & _I(0x7F))
-        p[i] = p[i] if magnitude >= _I(8) else float32(magnitude) * _FP8_SUBNORMAL
-    for i in range(uintp(count)):
-        bits[i] = bits[i] | int32(int32(int32(codes[first + i]) & _I(0x80)) << _I(24))
-    for i in range(uintp(count)):
-        p[i] = p[i] * scale
+        normal = as_float(_NAN if magnitude == _I(0x7F) else number)
+        value = normal if magnitude >= _I(8) else float32(magnitude) * _FP8_SUBNORMAL
+        p[i] = as_float(int32(as_bits(value) | int32(int32(code & _I(0x80)) << _I(24)))) * scale
 
 
 @jit()
-def to_fp8(p, count, codes, first, inverse, scratch):
-    """``codes = e4m3(p * inverse)`` for products of at most 448 * (1 + 2**-22); changes p. ``scratch``: fp32."""
-    bits, small, first = p.view(np.int32), scratch.view(np.int32), uintp(first)
+def to_fp8(p, count, codes, first, inverse):
+    """``codes = e4m3(p * inverse)`` for products of at most 448 * (1 + 2**-22)."""
+    first = uintp(first)
     for i in range(uintp(count)):
-        p[i] = p[i] * inverse
-        scratch[i] = abs(p[i]) + _2_14
-    for i in range(uintp(count)):
-        u = int32(bits[i] & _MAGNITUDE)
+        y = p[i] * inverse
+        u = int32(as_bits(y) & _MAGNITUDE)
         odd = int32(int32(u >> _I(20)) & _I(1))
         normal = int32(int32(int32(u + odd) + _I(0x7FFFF - (120 << 23))) >> _I(20))
-        small[i] = normal if u >= _FP8_NORMAL else int32(small[i] - _2_14_BITS)
-    for i in range(uintp(count)):
-        codes[first + i] = uint8(small[i] | int32(int32(bits[i] >> _I(24)) & _I(0x80)))
+        small = int32(as_bits(abs(y) + _2_14) - _2_14_BITS)
+        code = normal if u >= _FP8_NORMAL else small
+        codes[first + i] = uint8(int32(code | int32(int32(as_bits(y) >> _I(24)) & _I(0x80))))

@@ -45,6 +45,12 @@ def memory_of(numel, r, updated, alpha, decay, sent):
 
 
 @jit()
+def as_it_is(x, kind, numel, ranks, has_r):
+    """x itself where nothing is to be computed before a tile of it is used, else an array of no elements."""
+    return floats(x, numel if kind == FP32 and not ranks and not has_r else 0)
+
+
+@jit()
 def load(x, kind, start, count, p):
     """``p[:count] = fp32(x[start : start + count])``, x at an address."""
     if kind == BF16:
@@ -110,6 +116,17 @@ def sum_abs(p, count):
 
 
 @jit(fastmath={"reassoc", "nsz"})
+def sums(p, count):
+    """``(sum |p|, sum p**2)``"""
+    magnitudes, squares = 0.0, 0.0
+    for i in range(uintp(count)):
+        wide = np.float64(p[i])
+        magnitudes += abs(wide)
+        squares += wide * wide
+    return magnitudes, squares
+
+
+@jit(fastmath={"reassoc", "nsz"})
 def sum_squares(p, count):
     total = 0.0
     for i in range(count):
@@ -139,10 +156,14 @@ def float_of(bits):
 
 @jit()
 def divide(p, count, by):
-    """``p /= by``, correctly rounded."""
-    if by > 1:
-        n = float32(by)
-        for i in range(count):
+    """``p /= by``, correctly rounded: the reciprocal of a power of two is exact."""
+    n, inverse = float32(by), float32(1) / float32(by)
+    if by & (by - 1) == 0:
+        if by > 1:
+            for i in range(uintp(count)):
+                p[i] = p[i] * inverse
+    else:
+        for i in range(uintp(count)):
             p[i] = p[i] / n
 
 

@@ -15,6 +15,7 @@ from ._tile import (
     FP16,
     TILE,
     add,
+    as_it_is,
     compensate,
     copy,
     divide,
@@ -56,17 +57,19 @@ def _encode_half(
     size = (numel + 1) // 2 * 2
     in_codes, codes = unsigned16(payloads, ranks * size), unsigned16(out, size)
     r, updated, alpha, decay, sent = memory_of(numel, r_at, updated_at, alpha64, decay64, sent64)
-    p, q = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    kept = p if alpha == decay else np.empty(TILE, np.float32)
+    buffer, q = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    kept = buffer if alpha == decay else np.empty(TILE, np.float32)
+    given = as_it_is(x, source, numel, ranks, r_at != 0)
     for start in range(0, numel, TILE):
         count = min(TILE, numel - start)
+        p = given[start : start + count] if given.size else buffer
         if ranks:
             _expand_half(in_codes, start, kind, count, p)
             for rank in range(1, ranks):
                 _expand_half(in_codes, rank * size + start, kind, count, q)
                 add(p, q, count)
             divide(p, count, ranks)
-        else:
+        elif not given.size:
             load(x, source, start, count, p)
         if r_at:
             compensate(p, kept, r, start, count, alpha, decay)
@@ -116,19 +119,17 @@ def _encode_blocks(
 ):  # fmt: skip
     blocks = (numel + block - 1) // block
     tile = min(block, TILE)
-    p, q = np.empty(tile, np.float32), np.empty(tile, np.float32)
-    kept = np.empty(tile, np.float32)
+    buffer, q = np.empty(tile, np.float32), np.empty(tile, np.float32)
+    kept = buffer if alpha == decay else np.empty(tile, np.float32)
+    given = as_it_is(x, source, numel, ranks, has_r)
 
     def fetch(start, count):
         if ranks:
-            _mean_fp8(in_scales, in_codes, ranks, blocks, start, block, count, p, q)
-        else:
-            load(x, source, start, count, p)
+            _mean_fp8(in_scales, in_codes, ranks, blocks, start, block, count, buffer, q)
+        elif not given.size:
+            load(x, source, start, count, buffer)
         if has_r:
-            for i in range(count):
-                kept[i] = p[i]
-            compensate(kept, kept, r, start, count, decay, decay)
-            compensate(p, p, r, start, count, alpha, alpha)
+            compensate(buffer, kept, r, start, count, alpha, decay)
 
     for b in range(blocks):
         first = b * block
@@ -137,6 +138,7 @@ def _encode_blocks(
         for start in range(first, last, tile):
             count = min(tile, last - start)
             fetch(start, count)
+            p = given[start : start + count] if given.size else buffer
             largest = max(largest, max_magnitude_bits(p, count))
         finite = finite_bits(largest)
         inverse = _MAX / float_of(largest)
@@ -147,9 +149,10 @@ def _encode_blocks(
             count = min(tile, last - start)
             if last - first > tile:  # else the tile is still there
                 fetch(start, count)
+            p = given[start : start + count] if given.size else buffer
             place = 4 * blocks + start
             if finite and not zero:
-                to_fp8(p, count, codes, place, inverse, q)
+                to_fp8(p, count, codes, place, inverse)
             else:
                 codes[place : place + count] = 0
             if has_r and finite:
@@ -166,8 +169,11 @@ def _decode_half(payload, numel, kind, out, weight, accumulate):
     q = np.empty(TILE, np.float32)
     for start in range(0, numel, TILE):
         count = min(TILE, numel - start)
-        _expand_half(codes, start, kind, count, q)
-        store(q, result, start, count, factor, accumulate)
+        if factor == 1 and not accumulate:
+            _expand_half(codes, start, kind, count, result[start : start + count])
+        else:
+            _expand_half(codes, start, kind, count, q)
+            store(q, result, start, count, factor, accumulate)
 
 
 @jit()
@@ -181,8 +187,11 @@ def _decode_fp8(payload, numel, block, out, weight, accumulate):
         last = min((b + 1) * block, numel)
         for start in range(b * block, last, tile):
             count = min(tile, last - start)
-            from_fp8(codes, 4 * blocks + start, count, q, scales[b])
-            store(q, result, start, count, factor, accumulate)
+            if factor == 1 and not accumulate:
+                from_fp8(codes, 4 * blocks + start, count, result[start : start + count], scales[b])
+            else:
+                from_fp8(codes, 4 * blocks + start, count, q, scales[b])
+                store(q, result, start, count, factor, accumulate)
 
 
 def cast_encode(x, kind, block, memory, out):

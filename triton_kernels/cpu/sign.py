@@ -14,6 +14,7 @@ from ._philox import key_of
 from ._tile import (
     TILE,
     add,
+    as_it_is,
     compensate,
     copy,
     divide,
@@ -39,6 +40,17 @@ def _pack(p, count, words, first):
         p[i] = float32(-1)
     for w in range(padded):
         words[first + w] = sign_mask(p, 32 * w)
+
+
+@jit()
+def _pack_given(p, count, words, first, tail):
+    """The same of an array that is not ours; ``tail``: 32 elements for the last word."""
+    whole = count // 32
+    for w in range(whole):
+        words[first + w] = sign_mask(p, 32 * w)
+    if count % 32:
+        tail[: count % 32] = p[32 * whole : count]
+        _pack(tail, count % 32, words, first + whole)
 
 
 @jit()
@@ -84,11 +96,12 @@ def _encode_blocks(
     tile = min(block, TILE)
     p, q = np.empty(tile, np.float32), np.empty(tile, np.float32)
     kept = p if alpha == decay else np.empty(tile, np.float32)
+    given = as_it_is(x, kind, numel, ranks, has_r)
 
     def fetch(start, count):
         if ranks:
             _mean(in_scales, in_words, ranks, blocks, start, block, count, p, q)
-        else:
+        elif not given.size:
             load(x, kind, start, count, p)
         if has_r:
             compensate(p, kept, r, start, count, alpha, decay)
@@ -100,7 +113,7 @@ def _encode_blocks(
         for start in range(first, last, tile):
             count = min(tile, last - start)
             fetch(start, count)
-            total += sum_abs(p, count)
+            total += sum_abs(given[start : start + count] if given.size else p, count)
         finite = np.isfinite(total)
         scale = float32(total / (last - first)) if finite else float32(np.nan)
         scales[b] = scale
@@ -114,7 +127,10 @@ def _encode_blocks(
                 remember(updated, kept, q, start, count, sent)
             elif apart:
                 copy(r, updated, start, count)
-            _pack(p, count, words, blocks + start // 32)
+            if given.size:
+                _pack_given(given[start : start + count], count, words, blocks + start // 32, q)
+            else:
+                _pack(p, count, words, blocks + start // 32)
 
 
 @jit()

@@ -13,7 +13,7 @@ from ._jit import jit
 from ._philox import key_of
 from ._tile import (
     TILE,
-    add,
+    as_it_is,
     compensate,
     copy,
     divide,
@@ -111,26 +111,40 @@ def _scale_codes(source, first, count, step, q):
 
 
 @jit()
-def _expand(codes, narrow, first, count, bits, step, q):
-    """``q = code * step`` of the ``count`` codes in the bytes ``codes[first:]``."""
-    if bits == 16:
+def _add_codes(source, first, count, step, q):
+    first = uintp(first)
+    for i in range(uintp(count)):
+        q[i] = q[i] + float32(int32(source[first + i])) * step
+
+
+@jit()
+def _expand(codes, narrow, first, count, bits, step, q, more):
+    """``q = code * step`` of the ``count`` codes in the bytes ``codes[first:]``, or ``q += code * step``."""
+    if bits < 8:
+        _unpack(codes, first, count, bits, narrow)
+    if more:
+        if bits == 16:
+            _add_codes(codes.view(np.int16), first // 2, count, step, q)
+        elif bits == 8:
+            _add_codes(codes.view(np.int8), first, count, step, q)
+        else:
+            _add_codes(narrow, 0, count, step, q)
+    elif bits == 16:
         _scale_codes(codes.view(np.int16), first // 2, count, step, q)
     elif bits == 8:
         _scale_codes(codes.view(np.int8), first, count, step, q)
     else:
-        _unpack(codes, first, count, bits, narrow)
         _scale_codes(narrow, 0, count, step, q)
 
 
 @jit()
-def _mean(scales, codes, ranks, narrow, blocks, start, block, count, bits, levels, p, q):
+def _mean(scales, codes, ranks, narrow, blocks, start, block, count, bits, levels, p):
     """``p`` = average of the decoded payloads over the tile that starts at ``start``."""
     size, b, first = codes.size // ranks, start // block, 4 * blocks + start * bits // 8
-    _expand(codes, narrow, first, count, bits, scales[b] / levels, p)
+    _expand(codes, narrow, first, count, bits, scales[b] / levels, p, False)
     for rank in range(1, ranks):
         step = scales[rank * size // 4 + b] / levels
-        _expand(codes, narrow, rank * size + first, count, bits, step, q)
-        add(p, q, count)
+        _expand(codes, narrow, rank * size + first, count, bits, step, p, True)
     divide(p, count, ranks)
 
 
@@ -162,8 +176,9 @@ def _encode_blocks(
     rounding = _STOCHASTIC if stochastic else _NEAREST
     blocks = (numel + block - 1) // block
     tile = min(block, TILE)
-    p, q = np.empty(tile, np.float32), np.empty(tile, np.float32)
-    kept = p if alpha == decay else np.empty(tile, np.float32)
+    buffer = np.empty(tile, np.float32)
+    kept = buffer if alpha == decay else np.empty(tile, np.float32)
+    given = as_it_is(x, kind, numel, ranks, has_r)
     narrow, small, wide = np.empty(tile, np.int8), codes.view(np.int8), codes.view(np.int16)
     random = np.zeros((tile + 63) // 64 * 32, np.uint32)
     halves = random.view(np.uint16)
@@ -172,11 +187,11 @@ def _encode_blocks(
 
     def fetch(start, count):
         if ranks:
-            _mean(in_scales, in_codes, ranks, narrow, blocks, start, block, count, bits, levels, p, q)
-        else:
-            load(x, kind, start, count, p)
+            _mean(in_scales, in_codes, ranks, narrow, blocks, start, block, count, bits, levels, buffer)
+        elif not given.size:
+            load(x, kind, start, count, buffer)
         if has_r:
-            compensate(p, kept, r, start, count, alpha, decay)
+            compensate(buffer, kept, r, start, count, alpha, decay)
 
     for b in range(blocks):
         first = b * block
@@ -185,6 +200,7 @@ def _encode_blocks(
         for start in range(first, last, tile):
             count = min(tile, last - start)
             fetch(start, count)
+            p = given[start : start + count] if given.size else buffer
             largest = max(largest, max_magnitude_bits(p, count))
             if l2:
                 squares += sum_squares(p, count)
@@ -202,17 +218,18 @@ def _encode_blocks(
             count = min(tile, last - start)
             if last - first > tile:  # else the tile is still there
                 fetch(start, count)
+            p = given[start : start + count] if given.size else buffer
             if stochastic and finite:
                 _philox.fill(random, (count + 7) // 8, start // 8, words)
             place = 4 * blocks + start * bits // 8
-            given = (p, halves, rounding, inverse, levels, count, finite)
+            numbers = (p, halves, rounding, inverse, levels, count, finite)
             memory = (has_r, apart, r, updated, kept, step, start, sent)
             if bits == 16:
-                _write(wide, place // 2, given, memory)
+                _write(wide, place // 2, numbers, memory)
             elif bits == 8:
-                _write(small, place, given, memory)
+                _write(small, place, numbers, memory)
             else:
-                _write(narrow, 0, given, memory)
+                _write(narrow, 0, numbers, memory)
                 _pack(narrow, count, bits, codes, place)
 
 
@@ -228,8 +245,12 @@ def _decode(payload, numel, block, bits, out, weight, accumulate):
         last = min((b + 1) * block, numel)
         for start in range(b * block, last, tile):
             count = min(tile, last - start)
-            _expand(codes, narrow, 4 * blocks + start * bits // 8, count, bits, scales[b] / levels, q)
-            store(q, result, start, count, factor, accumulate)
+            place, step = 4 * blocks + start * bits // 8, scales[b] / levels
+            if factor == 1 and not accumulate:
+                _expand(codes, narrow, place, count, bits, step, result[start : start + count], False)
+            else:
+                _expand(codes, narrow, place, count, bits, step, q, False)
+                store(q, result, start, count, factor, accumulate)
 
 
 @jit()
@@ -238,14 +259,14 @@ def _average(payloads, ranks, numel, block, bits, out):
     result = floats(out, numel)
     blocks = (numel + block - 1) // block
     tile = min(block, TILE)
-    p, q, narrow = np.empty(tile, np.float32), np.empty(tile, np.float32), np.empty(tile, np.int8)
+    narrow = np.empty(tile, np.int8)
     levels = float32((1 << (bits - 1)) - 1)
     for first in range(0, numel, block):
         last = min(first + block, numel)
         for start in range(first, last, tile):
             count = min(tile, last - start)
-            _mean(scales, codes, ranks, narrow, blocks, start, block, count, bits, levels, p, q)
-            store(p, result, start, count, float32(1), False)
+            mean = result[start : start + count]
+            _mean(scales, codes, ranks, narrow, blocks, start, block, count, bits, levels, mean)
 
 
 @jit()

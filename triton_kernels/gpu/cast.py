@@ -16,13 +16,19 @@ from ._tile import (
     Geometry,
     compensate,
     factors,
-    load_x,
     magnitude_bits,
     mean_of,
     mode_of,
     moments,
+    only,
+    over,
     place,
+    present,
+    put,
+    read,
+    read_x,
     remember,
+    row_max,
     write,
 )
 
@@ -75,62 +81,64 @@ def _from_fp8(code):
 
 @triton.jit
 def _finish_half(
-    codes, index, inside, value, old, p, updated, decay, sent, numel,
-    BF16: tl.constexpr, MEMORY: tl.constexpr,
+    codes, origin, octet, inside, left, value, old, p, updated, decay, sent,
+    BF16: tl.constexpr, MEMORY: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     code = _to_half(p, BF16)
-    tl.store(codes + index, code, mask=index // 2 * 2 < numel)  # the padding is a masked lane: zero
+    write(codes + 8 * origin, octet, inside, left, code, WHOLE, PADDING=2)  # of a masked element, which is zero
     if MEMORY:
         q = _from_half(code, BF16)
-        remember(updated, index, inside, tl.abs(q) < _INF, value, old, q, decay, sent, MEMORY)
+        remember(updated, origin, octet, inside, left, tl.abs(q) < _INF, value, old, q, decay, sent, WHOLE)
 
 
 @triton.jit
 def _encode_half(
     x, stride, r, updated, alpha, decay, sent, numel, block, codes, tiles,
-    BF16: tl.constexpr, MEMORY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BF16: tl.constexpr, MEMORY: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
-    value = load_x(x, stride, index, inside)
-    old, p = compensate(value, r, alpha, index, inside, MEMORY)
-    _finish_half(codes, index, inside, value, old, p, updated, decay, sent, numel, BF16, MEMORY)
+    head, origin, left, octet, within = place(tiles, block, numel, ROWS, LANES)
+    inside = within & (8 * octet < left)
+    value = read_x(x, stride, origin, octet, inside, left, WHOLE)
+    old, p = compensate(value, r, alpha, origin, octet, inside, left, MEMORY, WHOLE)
+    _finish_half(codes, origin, octet, inside, left, value, old, p, updated, decay, sent, BF16, MEMORY, WHOLE)
 
 
 @triton.jit
 def _reduce_half(
-    in_codes, size, ranks, numel, block, codes, tiles,
-    BF16: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    in_codes, size, numel, block, codes, tiles,
+    RANKS: tl.constexpr, BF16: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """``size``: codes between two ranks' payloads."""
-    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
-    value = _from_half(tl.load(in_codes + index, mask=inside, other=0), BF16)
-    for _ in range(1, ranks):
+    head, origin, left, octet, within = place(tiles, block, numel, ROWS, LANES)
+    inside = within & (8 * octet < left)
+    in_codes += 8 * origin
+    value = _from_half(read(in_codes, octet, inside, left, WHOLE), BF16)
+    for _ in range(1, RANKS):
         in_codes += size
-        value += _from_half(tl.load(in_codes + index, mask=inside, other=0), BF16)
-    value = tl.div_rn(value, tl.zeros_like(value) + ranks)
-    _finish_half(codes, index, inside, value, value, value, codes, 1.0, 1.0, numel, BF16, 0)
+        value += _from_half(read(in_codes, octet, inside, left, WHOLE), BF16)
+    value = over(value, RANKS)
+    _finish_half(codes, origin, octet, inside, left, value, value, value, codes, 1.0, 1.0, BF16, 0, WHOLE)
 
 
 @triton.jit
 def _decode_half(
     codes, out, weight, numel, block, tiles,
-    BF16: tl.constexpr, ACCUMULATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BF16: tl.constexpr, ACCUMULATE: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
-    write(out, index, inside, _from_half(tl.load(codes + index, mask=inside, other=0), BF16), weight, ACCUMULATE)
+    head, origin, left, octet, within = place(tiles, block, numel, ROWS, LANES)
+    inside = within & (8 * octet < left)
+    value = _from_half(read(codes + 8 * origin, octet, inside, left, WHOLE), BF16)
+    put(out, origin, octet, inside, left, value, weight, ACCUMULATE, WHOLE)
 
 
 @triton.jit
 def _finish_fp8(
-    scales, codes, row, column, index, inside, value, old, p, updated, decay, sent, numel, block, absmax,
-    MEMORY: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    scales, codes, head, origin, octet, inside, left, value, old, p, updated, decay, sent, block, absmax,
+    MEMORY: tl.constexpr, GIVEN: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """``GIVEN``: the bits of max |p| of every block stand in ``absmax``, because no tile holds a whole block."""
-    exists = row * block < numel
-    if GIVEN:
-        largest = tl.load(absmax + row, mask=exists, other=0)
-    else:
-        largest = tl.max(magnitude_bits(p), axis=1)
+    row, exists = head + tl.arange(0, ROWS), present(block, left, ROWS)
+    largest = tl.load(absmax + row, mask=exists, other=0) if GIVEN else row_max(magnitude_bits(p))
     finite = largest < _INF_BITS
     norm = tl.where(finite, largest, 0).to(tl.float32, bitcast=True)
     top = tl.zeros([ROWS], tl.float32) + 448.0
@@ -138,60 +146,65 @@ def _finish_fp8(
     live = inverse < _INF
     scale = tl.where(finite, tl.where(live, tl.div_rn(norm, top), 0.0), float("nan"))
     tl.store(scales + row, scale, mask=exists)  # tiles of one block all write the same value
-    live = (live & finite)[:, None]
-    code = _to_fp8(tl.where(live, p, 0.0) * tl.where(live, inverse[:, None], 0.0))
-    tl.store(codes + index, code.to(tl.uint8), mask=(column[None, :] < block) & (index // 4 * 4 < numel))
+    live = (live & finite)[:, None, None]
+    code = _to_fp8(tl.where(live, p, 0.0) * tl.where(live, inverse[:, None, None], 0.0))
+    write(codes + 8 * origin, octet, inside, left, code.to(tl.uint8), WHOLE, PADDING=4)
     if MEMORY:
-        q = _from_fp8(code) * scale[:, None]
-        remember(updated, index, inside, finite[:, None], value, old, q, decay, sent, MEMORY)
+        q = _from_fp8(code) * scale[:, None, None]
+        remember(updated, origin, octet, inside, left, finite[:, None, None], value, old, q, decay, sent, WHOLE)
 
 
 @triton.jit
 def _encode_fp8(
     x, stride, r, updated, alpha, decay, sent, numel, block, scales, codes, absmax, tiles,
-    MEMORY: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MEMORY: tl.constexpr, GIVEN: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
-    value = load_x(x, stride, index, inside)
-    old, p = compensate(value, r, alpha, index, inside, MEMORY)
+    head, origin, left, octet, within = place(tiles, block, numel, ROWS, LANES)
+    inside = within & (8 * octet < left)
+    value = read_x(x, stride, origin, octet, inside, left, WHOLE)
+    old, p = compensate(value, r, alpha, origin, octet, inside, left, MEMORY, WHOLE)
     _finish_fp8(
-        scales, codes, row, column, index, inside, value, old, p, updated, decay, sent, numel, block, absmax,
-        MEMORY, GIVEN, ROWS, COLUMNS,
+        scales, codes, head, origin, octet, inside, left, value, old, p, updated, decay, sent, block, absmax,
+        MEMORY, GIVEN, WHOLE, ROWS,
     )  # fmt: skip
 
 
 @triton.jit
-def _decode_tile(scales, codes, row, index, inside, block, numel):
-    scale = tl.load(scales + row, mask=row * block < numel, other=0.0)
-    return _from_fp8(tl.load(codes + index, mask=inside, other=0).to(tl.int32)) * scale[:, None]
+def _decode_tile(scales, codes, head, origin, octet, inside, left, block, WHOLE: tl.constexpr, ROWS: tl.constexpr):
+    scale = tl.load(scales + head + tl.arange(0, ROWS), mask=present(block, left, ROWS), other=0.0)
+    code = read(codes + 8 * origin, octet, inside, left, WHOLE)
+    return _from_fp8(code.to(tl.int32)) * scale[:, None, None]
 
 
 @triton.jit
 def _reduce_fp8(
-    in_scales, in_codes, size, ranks, numel, block, scales, codes, tiles,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    in_scales, in_codes, size, numel, block, scales, codes, tiles,
+    RANKS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """``size``: bytes between two ranks' payloads."""
-    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
-    value = _decode_tile(in_scales, in_codes, row, index, inside, block, numel)
-    for _ in range(1, ranks):
+    head, origin, left, octet, within = place(tiles, block, numel, ROWS, LANES)
+    inside = within & (8 * octet < left)
+    value = _decode_tile(in_scales, in_codes, head, origin, octet, inside, left, block, WHOLE, ROWS)
+    for _ in range(1, RANKS):
         in_scales += size // 4
         in_codes += size
-        value += _decode_tile(in_scales, in_codes, row, index, inside, block, numel)
-    value = tl.where(inside, tl.div_rn(value, tl.zeros_like(value) + ranks), 0.0)
+        value += _decode_tile(in_scales, in_codes, head, origin, octet, inside, left, block, WHOLE, ROWS)
+    value = only(over(value, RANKS), octet, inside, left, WHOLE)
     _finish_fp8(
-        scales, codes, row, column, index, inside, value, value, value, scales, 1.0, 1.0, numel, block, scales,
-        0, False, ROWS, COLUMNS,
+        scales, codes, head, origin, octet, inside, left, value, value, value, scales, 1.0, 1.0, block, scales,
+        0, False, WHOLE, ROWS,
     )  # fmt: skip
 
 
 @triton.jit
 def _decode_fp8(
     scales, codes, out, weight, numel, block, tiles,
-    ACCUMULATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ACCUMULATE: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
-    write(out, index, inside, _decode_tile(scales, codes, row, index, inside, block, numel), weight, ACCUMULATE)
+    head, origin, left, octet, within = place(tiles, block, numel, ROWS, LANES)
+    inside = within & (8 * octet < left)
+    value = _decode_tile(scales, codes, head, origin, octet, inside, left, block, WHOLE, ROWS)
+    put(out, origin, octet, inside, left, value, weight, ACCUMULATE, WHOLE)
 
 
 def _parts(payload, numel, block):
@@ -230,8 +243,8 @@ def cast_reduce(payloads, numel, kind, block, out):
         decode = functools.partial(cast_decode, numel=numel, kind=kind, block=block)
         return cast_encode(mean_of(payloads, numel, decode), kind, block, None, out)
     if kind == "fp8":
-        given = *_parts(payloads, numel, block), size, ranks, numel, block
-        cut.launch(_reduce_fp8, payloads, *given, *_parts(out, numel, block))
+        given = *_parts(payloads, numel, block), size, numel, block
+        cut.launch(_reduce_fp8, payloads, *given, *_parts(out, numel, block), RANKS=ranks)
     else:
-        given = payloads.view(-1).view(torch.int16), size // 2, ranks, numel, _CHUNK
-        cut.launch(_reduce_half, payloads, *given, out.view(torch.int16), BF16=kind == "bf16")
+        given = payloads.view(-1).view(torch.int16), size // 2, numel, _CHUNK
+        cut.launch(_reduce_half, payloads, *given, out.view(torch.int16), RANKS=ranks, BF16=kind == "bf16")

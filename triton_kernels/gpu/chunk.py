@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
-from ._tile import compensate, factors, load_x, magnitude_bits, mode_of, remember
+from ._tile import factors, magnitude_bits, mode_of, widened
 
 TILE = 4096  # elements a program holds in registers
 INFINITE = tl.constexpr(0x7F800000)  # fp32 +Inf; as integers, magnitudes keep their order and NaN comes after Inf
+_MANY = tl.constexpr(1 << 30)  # more elements than a tile has
 
 
 @triton.jit
-def _at(x, stride, r, alpha, element, real, MEMORY: tl.constexpr):
-    """``(x, r, p = x + alpha * r)`` in fp32; zeros where not real."""
-    value = load_x(x, stride, element, real)
-    old, p = compensate(value, r, alpha, element, real, MEMORY)
-    return value, old, p
+def _read(pointer, at, stride, column, left, full):
+    """Zeros where nothing is; accesses are as wide as they can be where all chunks of a program are whole."""
+    if full:
+        value = tl.load(pointer + at * stride, mask=column, other=0)
+    else:
+        value = tl.load(pointer + at * stride, mask=column & (at < left), other=0)
+    return value
 
 
 @triton.jit
 def _tile_kernel(
-    x, stride, r, updated, alpha, decay, sent, indices, values, numel, chunk,
-    MEMORY: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    x, stride, r, updated, alpha, decay, sent, indices, values, numel, units,
+    UNIT: tl.constexpr, MEMORY: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """ROWS whole chunks a program, each in one row of WIDTH >= chunk lanes."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """ROWS whole chunks a program, each in one row of WIDTH lanes, of which ``units * UNIT`` are the chunk's."""
+    chunk = units * UNIT
+    head = tl.program_id(0).to(tl.int64) * ROWS
+    base = head * chunk
+    left = tl.minimum(numel - base, _MANY).to(tl.int32)
+    full = left >= ROWS * chunk
     offset = tl.arange(0, WIDTH)[None, :]
-    element = row[:, None] * chunk + offset
-    real = (offset < chunk) & (element < numel)
-    exists = row * chunk < numel
-    value, old, p = _at(x, stride, r, alpha, element, real, MEMORY)
+    at = tl.arange(0, ROWS)[:, None] * chunk + offset
+    column = tl.broadcast_to(offset < chunk, [ROWS, WIDTH])
+    row = head + tl.arange(0, ROWS)
+    exists = tl.arange(0, ROWS) * chunk < left
+    value = widened(_read(x + base * stride, at, stride, column, left, full))
+    p, old = value, value
+    if MEMORY:
+        old = _read(r + base, at, 1, column, left, full)
+        p = value + alpha * old
     magnitude = magnitude_bits(p)
     top = tl.max(magnitude, axis=1)
     finite = top < INFINITE
@@ -42,13 +56,28 @@ def _tile_kernel(
         index = tl.min(tl.where(magnitude == top[:, None], offset, WIDTH), axis=1)
         index = tl.where(finite, index, 0)
         tl.store(indices + row, index, mask=exists)
-    chosen = real & (offset == index[:, None])
+    chosen = column & (offset == index[:, None])
     picked = tl.sum(tl.where(chosen, p.to(tl.int32, bitcast=True), 0), axis=1)  # a sum of bit patterns keeps -0.0
     picked = tl.where(finite, picked.to(tl.float32, bitcast=True), float("nan"))
     tl.store(values + row, picked, mask=exists)
     if MEMORY:
-        q = tl.where(chosen, p, 0.0)
-        remember(updated, element, real, finite[:, None], value, old, q, decay, sent, MEMORY)
+        new = (decay * old + value) - sent * tl.where(chosen, p, 0.0)
+        new = tl.where(finite[:, None], new, old)
+        if full:
+            tl.store(updated + base + at, new, mask=column)
+        else:
+            tl.store(updated + base + at, new, mask=column & (at < left))
+
+
+@triton.jit
+def _at(x, stride, r, alpha, element, real, MEMORY: tl.constexpr):
+    """``(x, r, p = x + alpha * r)`` in fp32; zeros where not real."""
+    value = widened(tl.load(x + element * stride, mask=real, other=0))
+    old, p = value, value
+    if MEMORY:
+        old = tl.load(r + element, mask=real, other=0.0)
+        p = value + alpha * old
+    return value, old, p
 
 
 @triton.jit
@@ -92,7 +121,7 @@ def _loop_kernel(
                 inside = offset < stop
                 value, old, p = _at(x, stride, r, alpha, base + offset, inside, MEMORY)
                 q = tl.where(offset == index, p, 0.0)
-                remember(updated, base + offset, inside, inside, value, old, q, decay, sent, MEMORY)
+                tl.store(updated + base + offset, (decay * old + value) - sent * q, mask=inside)
         else:
             if MEMORY == 2:
                 for start in range(0, stop, WIDTH):
@@ -113,12 +142,14 @@ def _launch(x, chunk, memory, indices, values, given):
     chunks = indices.numel()
     if not chunks:
         return
-    arguments = x.detach(), x.stride(0), *factors(x, memory), indices, values, x.numel(), chunk
+    arguments = x.detach(), x.stride(0), *factors(x, memory), indices, values, x.numel()
     flags = {"MEMORY": mode_of(memory), "GIVEN": given, "num_warps": 8, "enable_fp_fusion": False}
     with torch.cuda.device_of(x):
         if chunk > TILE:
-            _loop_kernel[(chunks,)](*arguments, WIDTH=TILE, **flags)
+            _loop_kernel[(chunks,)](*arguments, chunk, WIDTH=TILE, **flags)
         else:
             width = max(4, triton.next_power_of_2(chunk))
             rows = TILE // width
-            _tile_kernel[(triton.cdiv(chunks, rows),)](*arguments, ROWS=rows, WIDTH=width, **flags)
+            unit = math.gcd(chunk, 4)  # where chunks start on 128 bits the compiler is to know it
+            cut = {"UNIT": unit, "ROWS": rows, "WIDTH": width}
+            _tile_kernel[(triton.cdiv(chunks, rows),)](*arguments, chunk // unit, **cut, **flags)

@@ -1,6 +1,6 @@
 """Triton kernels of the mergeable one-bit payloads; contracts in ops/fold.py.
 
-A program owns ``WORDS`` 32-bit words, that is tiles [WORDS, 32] with one lane for each bit.
+An octet of elements is one byte of bits. There are no blocks: rows are those of the launch alone.
 """
 
 from __future__ import annotations
@@ -11,73 +11,76 @@ import triton.language as tl
 
 from ..layout import draws_of
 from ._philox import KEY_ARGUMENTS, uniform16, words_of
-from ._tile import compensate, factors, load_x, mode_of
+from ._tile import (
+    Geometry,
+    compensate,
+    factors,
+    load_codes,
+    mode_of,
+    ones,
+    pack,
+    place,
+    read,
+    read_x,
+    store_pieces,
+    write,
+)
 
-WORDS = 64
+_LAUNCH = 1024  # elements of a row
 _EVERY_DRAW = 0, 65536
-
-
-@triton.jit
-def _place(numel, WORDS: tl.constexpr):
-    """Word index [WORDS], element index [WORDS, 32], and which elements exist."""
-    word = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
-    index = word[:, None] * 32 + tl.arange(0, 32)[None, :]
-    return word, index, index < numel
-
-
-@triton.jit
-def _draws(seed, tensor, first, step, rank, stream, WORDS: tl.constexpr):
-    """Random halves of this program's elements, int32 [WORDS, 32]."""
-    counter = tl.program_id(0).to(tl.int64) * (4 * WORDS) + tl.arange(0, 4 * WORDS)
-    return uniform16(counter[None, :], seed, tensor, first, step, rank, stream).reshape(WORDS, 32)
-
-
-@triton.jit
-def _packed(bits):
-    """Booleans [WORDS, 32] -> int32 words, LSB first; distinct bits, so the sum has no carry."""
-    return tl.sum(bits.to(tl.int32) << tl.arange(0, 32)[None, :], axis=1)
 
 
 @triton.jit(do_not_specialize=[*KEY_ARGUMENTS, "low", "high"])
 def _encode(
-    x, stride, r, updated, bits, numel, low, high, seed, tensor, first, step, rank, stream,
-    MEMORY: tl.constexpr, HAS_KEY: tl.constexpr, WORDS: tl.constexpr,
+    x, stride, r, updated, bits, low, high, numel, block, seed, tensor, first, step, rank, stream, tiles,
+    MEMORY: tl.constexpr, HAS_KEY: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Bits of ``(p >= 0) & (low <= h < high)``, without the second term for no key."""
-    word, index, inside = _place(numel, WORDS)
-    _, p = compensate(load_x(x, stride, index, inside), r, 1.0, index, inside, MEMORY)
+    head, origin, left, octet, within = place(tiles, block, numel, ROWS, LANES)
+    inside = within & (8 * octet < left)
+    value = read_x(x, stride, origin, octet, inside, left, WHOLE)
+    _, p = compensate(value, r, 1.0, origin, octet, inside, left, MEMORY, WHOLE)
     if MEMORY:
-        tl.store(updated + index, p, mask=inside)
-    positive = (p >= 0) & inside
+        write(updated + 8 * origin, octet, inside, left, p, WHOLE)
+    positive = p >= 0
     if HAS_KEY:
-        h = _draws(seed, tensor, first, step, rank, stream, WORDS)
+        h = uniform16(origin + octet, seed, tensor, first, step, rank, stream)
         positive = positive & (h >= low) & (h < high)
-    tl.store(bits + word, _packed(positive), mask=word * 32 < numel)
+    piece = pack(positive.to(tl.int32), 1, False) & ones(octet, left)
+    store_pieces(bits, origin, octet, within, left, piece, 1, WHOLE)
 
 
 @triton.jit(do_not_specialize=[*KEY_ARGUMENTS, "below"])
-def _merge(left, right, merged, numel, below, seed, tensor, first, step, rank, stream, WORDS: tl.constexpr):
-    word, _, _ = _place(numel, WORDS)
-    exists = word * 32 < numel
-    keep = _packed(_draws(seed, tensor, first, step, rank, stream, WORDS) < below)
-    a, b = tl.load(left + word, mask=exists), tl.load(right + word, mask=exists)
-    tl.store(merged + word, b ^ ((a ^ b) & keep), mask=exists)
+def _merge(
+    left_bits, right_bits, merged, below, numel, block, seed, tensor, first, step, rank, stream, tiles,
+    WHOLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    head, origin, left, octet, within = place(tiles, block, numel, ROWS, LANES)
+    inside = within & (8 * octet < left)
+    h = uniform16(origin + octet, seed, tensor, first, step, rank, stream)
+    keep = tl.sum(pack((h < below).to(tl.int32), 1, False), axis=2)
+    a = tl.load(left_bits + origin + octet, mask=inside)
+    b = tl.load(right_bits + origin + octet, mask=inside)
+    tl.store(merged + origin + octet, b ^ ((a ^ b) & keep.to(tl.uint8)), mask=inside)
 
 
 @triton.jit
-def _expand(bits, result, r, updated, numel, eta, MEMORY: tl.constexpr, WORDS: tl.constexpr):
-    word, index, inside = _place(numel, WORDS)
-    packed = tl.load(bits + word, mask=word * 32 < numel, other=0)
-    bit = (packed[:, None] >> tl.arange(0, 32)[None, :]) & 1
+def _expand(
+    bits, result, r, updated, eta, numel, block, tiles,
+    MEMORY: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    head, origin, left, octet, within = place(tiles, block, numel, ROWS, LANES)
+    inside = within & (8 * octet < left)
+    bit = load_codes(bits, origin, octet, inside, left, 1, WHOLE) & 1
     signed = tl.where(bit == 1, eta, -eta)
-    tl.store(result + index, signed, mask=inside)
+    write(result + 8 * origin, octet, inside, left, signed, WHOLE)
     if MEMORY:
-        tl.store(updated + index, tl.load(r + index, mask=inside) - signed, mask=inside)
+        new = read(r + 8 * origin, octet, inside, left, WHOLE) - signed
+        write(updated + 8 * origin, octet, inside, left, new, WHOLE)
 
 
 def bit_merge(left, right, below, key, merged):
-    views = (bits.view(torch.int32) for bits in (left, right, merged))
-    _launch(_merge, left, 8 * left.numel(), *views, 8 * left.numel(), below, *words_of(key))
+    _launch(_merge, left, 8 * left.numel(), left, right, merged, below, key=key)
 
 
 def one_hot_signs(x, rank, size, key, memory, bits):
@@ -89,9 +92,9 @@ def sign_bits(x, memory, bits):
 
 
 def signs_expand(bits, numel, eta, memory, result):
-    r, updated = factors(result, memory)[:2]
-    arguments = bits.view(torch.int32), result, r, updated, numel, float(eta)
-    _launch(_expand, bits, numel, *arguments, MEMORY=mode_of(memory))
+    cut = Geometry(numel, _LAUNCH)
+    arguments = bits, result, *factors(result, memory)[:2], float(eta), numel, _LAUNCH
+    cut.launch(_expand, bits, *arguments, MEMORY=mode_of(memory))
 
 
 def signs_expand_each(bits, etas, sizes, memory, result):
@@ -103,14 +106,9 @@ def signs_expand_each(bits, etas, sizes, memory, result):
 
 
 def _signs(x, memory, bits, draws, key):
-    numel = x.numel()
-    r, updated = factors(x, memory)[:2]
-    arguments = x.detach(), x.stride(0), r, updated, bits.view(torch.int32), numel, *draws, *words_of(key)
-    _launch(_encode, x, numel, *arguments, MEMORY=mode_of(memory), HAS_KEY=key is not None)
+    arguments = x.detach(), x.stride(0), *factors(x, memory)[:2], bits, *draws
+    _launch(_encode, x, x.numel(), *arguments, key=key, MEMORY=mode_of(memory), HAS_KEY=key is not None)
 
 
-def _launch(kernel, like: torch.Tensor, numel: int, *arguments, **constants) -> None:
-    """Runs ``kernel`` over ``numel`` bits; without FMA, to keep the bits of the CPU."""
-    if numel:
-        with torch.cuda.device_of(like):
-            kernel[(triton.cdiv(numel, 32 * WORDS),)](*arguments, WORDS=WORDS, enable_fp_fusion=False, **constants)
+def _launch(kernel, like: torch.Tensor, numel: int, *arguments, key, **constants) -> None:
+    Geometry(numel, _LAUNCH).launch(kernel, like, *arguments, numel, _LAUNCH, *words_of(key), **constants)

@@ -17,112 +17,136 @@ from ._tile import (
     compensate,
     factors,
     load_codes,
-    load_x,
     mean_of,
     mode_of,
     moments,
+    ones,
+    only,
+    over,
+    pack,
+    pieces,
     place,
+    present,
+    put,
+    read_x,
     remember,
-    store_codes,
-    write,
+    row_sum,
+    store_pieces,
 )
 
 _INF = tl.constexpr(float("inf"))
 _INF_BITS = 0x7F800000
+_LAUNCH = 1024  # elements of a row where there are no blocks
 
 
 @triton.jit
 def _finish(
-    scales, words, row, column, index, inside, value, old, p, updated, decay, sent, numel, block,
-    MEMORY: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    scales, codes, head, origin, octet, within, inside, left, value, old, p, updated, decay, sent, block,
+    MEMORY: tl.constexpr, GIVEN: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """From the compensated tile to payload and memory. ``GIVEN``: the scales stand in the payload already."""
-    exists = row * block < numel
+    row, exists = head + tl.arange(0, ROWS), present(block, left, ROWS)
     if GIVEN:
         scale = tl.load(scales + row, mask=exists, other=0.0)
     else:
-        total = tl.sum(tl.abs(p).to(tl.float64), axis=1)
-        count = tl.maximum(tl.minimum(numel - row * block, block), 1)
+        total = row_sum(tl.abs(p).to(tl.float64))
+        count = tl.maximum(tl.minimum(left - tl.arange(0, ROWS) * block, block), 1)
         scale = tl.where(total < _INF, (total / count.to(tl.float64)).to(tl.float32), float("nan"))
         tl.store(scales + row, scale, mask=exists)
-    positive = (p >= 0) & inside
-    store_codes(words, row, column, block, numel, positive.to(tl.int32), 1, ROWS, COLUMNS)
+    positive = p >= 0
+    piece = pack(positive.to(tl.int32), 1, False) & ones(octet, left)
+    store_pieces(codes, origin, octet, within, left, piece, 1, WHOLE)
     if MEMORY:
-        q = tl.where(positive, scale[:, None], -scale[:, None])
-        remember(updated, index, inside, (scale == scale)[:, None], value, old, q, decay, sent, MEMORY)
+        q = tl.where(positive, scale[:, None, None], -scale[:, None, None])
+        finite = (scale == scale)[:, None, None]
+        remember(updated, origin, octet, inside, left, finite, value, old, q, decay, sent, WHOLE)
 
 
 @triton.jit
 def _encode(
-    x, stride, r, updated, alpha, decay, sent, numel, block, scales, words, tiles,
-    MEMORY: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, stride, r, updated, alpha, decay, sent, numel, block, scales, codes, tiles,
+    MEMORY: tl.constexpr, GIVEN: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
-    value = load_x(x, stride, index, inside)
-    old, p = compensate(value, r, alpha, index, inside, MEMORY)
+    head, origin, left, octet, within = place(tiles, block, numel, ROWS, LANES)
+    inside = within & (8 * octet < left)
+    value = read_x(x, stride, origin, octet, inside, left, WHOLE)
+    old, p = compensate(value, r, alpha, origin, octet, inside, left, MEMORY, WHOLE)
     _finish(
-        scales, words, row, column, index, inside, value, old, p, updated, decay, sent, numel, block,
-        MEMORY, GIVEN, ROWS, COLUMNS,
+        scales, codes, head, origin, octet, within, inside, left, value, old, p, updated, decay, sent, block,
+        MEMORY, GIVEN, WHOLE, ROWS,
     )  # fmt: skip
 
 
 @triton.jit
-def _decode_tile(scales, words, row, index, inside, block, numel):
-    scale = tl.load(scales + row, mask=row * block < numel, other=0.0)[:, None]
-    return tl.where(load_codes(words, index, inside, 1) == 1, scale, -scale)
+def _decode_tile(scales, codes, head, origin, octet, inside, left, block, WHOLE: tl.constexpr, ROWS: tl.constexpr):
+    scale = tl.load(scales + head + tl.arange(0, ROWS), mask=present(block, left, ROWS), other=0.0)[:, None, None]
+    # The bit goes to the place of the sign, inverted.
+    sign = (load_codes(codes, origin, octet, inside, left, 1, WHOLE) << 31) ^ -0x80000000
+    return (scale.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _reduce(
-    in_scales, in_words, size, ranks, numel, block, scales, words, tiles,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    in_scales, in_codes, size, numel, block, scales, codes, tiles,
+    RANKS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """``size``: words between two ranks' payloads."""
-    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
-    value = _decode_tile(in_scales, in_words, row, index, inside, block, numel)
-    for _ in range(1, ranks):
+    head, origin, left, octet, within = place(tiles, block, numel, ROWS, LANES)
+    inside = within & (8 * octet < left)
+    value = _decode_tile(in_scales, in_codes, head, origin, octet, inside, left, block, WHOLE, ROWS)
+    for _ in range(1, RANKS):
         in_scales += size
-        in_words += size
-        value += _decode_tile(in_scales, in_words, row, index, inside, block, numel)
-    value = tl.where(inside, tl.div_rn(value, tl.zeros_like(value) + ranks), 0.0)
+        in_codes += 4 * size
+        value += _decode_tile(in_scales, in_codes, head, origin, octet, inside, left, block, WHOLE, ROWS)
+    value = only(over(value, RANKS), octet, inside, left, WHOLE)
     _finish(
-        scales, words, row, column, index, inside, value, value, value, scales, 1.0, 1.0, numel, block,
-        0, False, ROWS, COLUMNS,
+        scales, codes, head, origin, octet, within, inside, left, value, value, value, scales, 1.0, 1.0, block,
+        0, False, WHOLE, ROWS,
     )  # fmt: skip
 
 
 @triton.jit
 def _decode(
-    scales, words, out, weight, numel, block, tiles,
-    ACCUMULATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    scales, codes, out, weight, numel, block, tiles,
+    ACCUMULATE: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
-    write(out, index, inside, _decode_tile(scales, words, row, index, inside, block, numel), weight, ACCUMULATE)
+    head, origin, left, octet, within = place(tiles, block, numel, ROWS, LANES)
+    inside = within & (8 * octet < left)
+    value = _decode_tile(scales, codes, head, origin, octet, inside, left, block, WHOLE, ROWS)
+    put(out, origin, octet, inside, left, value, weight, ACCUMULATE, WHOLE)
 
 
 @triton.jit
-def _vote(ballots, size, ranks, numel, block, words, tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
-    votes = load_codes(ballots, index, inside, 1)
-    for _ in range(1, ranks):
+def _vote(
+    ballots, size, numel, block, codes, tiles,
+    RANKS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """``size``: bytes between two ranks' payloads."""
+    head, origin, left, octet, within = place(tiles, block, numel, ROWS, LANES)
+    inside = within & (8 * octet < left)
+    votes = load_codes(ballots, origin, octet, inside, left, 1, WHOLE) & 1
+    for _ in range(1, RANKS):
         ballots += size
-        votes += load_codes(ballots, index, inside, 1)
-    won = (2 * votes >= ranks) & inside
-    store_codes(words, row, column, block, numel, won.to(tl.int32), 1, ROWS, COLUMNS)
+        votes += load_codes(ballots, origin, octet, inside, left, 1, WHOLE) & 1
+    piece = pack((2 * votes >= RANKS).to(tl.int32), 1, False) & ones(octet, left)
+    store_pieces(codes, origin, octet, within, left, piece, 1, WHOLE)
 
 
 @triton.jit(do_not_specialize=KEY_ARGUMENTS)
 def _draw(
-    x, stride, numel, block, scale, words, seed, tensor, first, step, rank, stream, tiles,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, stride, numel, block, scale, codes, seed, tensor, first, step, rank, stream, tiles,
+    WHOLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
-    QUARTER: tl.constexpr = COLUMNS // 4
-    counter = row[:, None] * (block // 4) + (tl.min(column, axis=0) // 4 + tl.arange(0, QUARTER))[None, :]
-    draw = words32(counter, seed, tensor, first, step, rank, stream).to(tl.int32, bitcast=True)
+    """Two counters serve an octet, with 32 bits for each element."""
+    head, origin, left, octet, within = place(tiles, block, numel, ROWS, LANES)
+    inside = within & (8 * octet < left)
+    even = words32(2 * (origin + octet), seed, tensor, first, step, rank, stream)
+    odd = words32(2 * (origin + octet) + 1, seed, tensor, first, step, rank, stream)
+    draw = tl.join(even, odd).permute(0, 1, 3, 2).reshape(ROWS, LANES, 8).to(tl.int32, bitcast=True)
     threshold = draw.to(tl.float32) * 4.656612873077393e-10 * tl.load(scale)  # 2**-31
-    positive = (load_x(x, stride, index, inside) >= threshold) & inside
-    store_codes(words, row, column, block, numel, positive.to(tl.int32), 1, ROWS, COLUMNS)
+    positive = read_x(x, stride, origin, octet, inside, left, WHOLE) >= threshold
+    piece = pack(positive.to(tl.int32), 1, False) & ones(octet, left)
+    store_pieces(codes, origin, octet, within, left, piece, 1, WHOLE)
 
 
 def sign_encode(x, block, memory, out):
@@ -133,13 +157,13 @@ def sign_encode(x, block, memory, out):
         starts = torch.arange(0, numel, block, device=x.device)
         mean = magnitudes / (numel - starts).clamp(max=block)
         scales.copy_(torch.where(mean.isfinite(), mean, torch.nan))
-    arguments = x, x.stride(0), *factors(x, memory), numel, block, scales, words
+    arguments = x, x.stride(0), *factors(x, memory), numel, block, scales, pieces(words, 1)
     cut.launch(_encode, x, *arguments, MEMORY=mode_of(memory), GIVEN=cut.long)
 
 
 def sign_decode(payload, numel, block, out, weight, accumulate):
     scales, words = layout.split(payload, layout.blocks(numel, block))
-    arguments = scales, words, out, float(weight), numel, block
+    arguments = scales, pieces(words, 1), out, float(weight), numel, block
     Geometry(numel, block).launch(_decode, payload, *arguments, ACCUMULATE=accumulate)
 
 
@@ -150,15 +174,13 @@ def sign_reduce(payloads, numel, block, out):
         return sign_encode(mean_of(payloads, numel, decode), block, None, out)
     scales, words = layout.split(out, layout.blocks(numel, block))
     in_scales, in_words = layout.split(payloads, layout.blocks(numel, block))
-    arguments = in_scales, in_words, payloads.shape[1] // 4, len(payloads), numel, block, scales, words
-    cut.launch(_reduce, payloads, *arguments)
+    given = in_scales, pieces(in_words, 1), payloads.shape[1] // 4, numel, block
+    cut.launch(_reduce, payloads, *given, scales, pieces(words, 1), RANKS=len(payloads))
 
 
 def sign_vote(payloads, numel, out):
-    ballots, words = payloads.view(-1).view(torch.int32), out.view(torch.int32)
-    block = 1024  # of the launch only
-    arguments = ballots, payloads.shape[1] // 4, len(payloads), numel, block, words
-    Geometry(numel, block).launch(_vote, payloads, *arguments)
+    arguments = payloads, payloads.shape[1], numel, _LAUNCH, out
+    Geometry(numel, _LAUNCH).launch(_vote, payloads, *arguments, RANKS=len(payloads))
 
 
 def sign_draw(x, key, out):
@@ -168,6 +190,6 @@ def sign_draw(x, key, out):
         largest, _, squares = moments(x, None, MAX_COLUMNS)  # partial results, one per tile
         norm = squares.sum().sqrt().clamp(max=SCALE_MAX)
         scale.copy_(torch.where(largest.amax() < _INF_BITS, norm, torch.nan))
-        block = 1024  # of the launch only
         key_words = words_of(key._replace(offset=2 * key.offset))
-        Geometry(numel, block).launch(_draw, x, x, x.stride(0), numel, block, scale, words, *key_words)
+        arguments = x, x.stride(0), numel, _LAUNCH, scale, pieces(words, 1), *key_words
+        Geometry(numel, _LAUNCH).launch(_draw, x, *arguments)

@@ -9,154 +9,182 @@ import triton.language as tl
 from .. import layout
 from ..layout import SCALE_MAX
 from ..reference.uniform import grid
-from ._philox import KEY_ARGUMENTS, uniform16, words_of
+from ._philox import KEY_ARGUMENTS, uniform16, variate, words_of
 from ._tile import (
-    ELEMENTS,
     Geometry,
     compensate,
     factors,
     load_codes,
-    load_x,
     magnitude_bits,
     mode_of,
     moments,
+    only,
+    over,
+    pack,
+    pieces,
     place,
+    present,
+    put,
+    read,
+    read_x,
     remember,
-    store_codes,
+    row_max,
+    row_sum,
+    store_pieces,
     write,
 )
 
 _INF, _INF_BITS, _SCALE_MAX = tl.constexpr(float("inf")), tl.constexpr(0x7F800000), tl.constexpr(SCALE_MAX)
+_LAUNCH = 1024  # elements of a row where there are no blocks
 
 
 @triton.jit
-def _scale(p, levels, L2: tl.constexpr):
-    """Scale of each row: a norm, NaN for a row with NaN or Inf, zero where ``levels / norm`` overflows."""
-    largest = tl.max(magnitude_bits(p), axis=1)
+def _norm(p, L2: tl.constexpr):
+    """Norm of each row, at most SCALE_MAX; NaN for a row with NaN or Inf."""
+    largest = row_max(magnitude_bits(p))
     norm = largest.to(tl.float32, bitcast=True)
     if L2:
         wide = p.to(tl.float64)
-        norm = tl.sqrt(tl.sum(wide * wide, axis=1)).to(tl.float32)
+        norm = tl.sqrt(row_sum(wide * wide)).to(tl.float32)
     norm = tl.where(norm < _SCALE_MAX, norm, _SCALE_MAX)
-    norm = tl.where(tl.div_rn(levels, norm) < _INF, norm, 0.0)
     return tl.where(largest < _INF_BITS, norm, float("nan"))
 
 
 @triton.jit
+def _floor(v, levels, BITS: tl.constexpr):
+    """``clip(floor(v), -levels, levels)`` as fp32. Codes of 2 or 4 bits need no clip: |v| is at most ``levels`` times a
+    few roundings, plus a variate that is at least 2**-17 away from 0 and from 1.
+    """
+    if BITS > 4:
+        v = tl.minimum(tl.maximum(v, -levels), levels)
+    return tl.floor(v)
+
+
+@triton.jit
 def _finish(
-    scales, words, row, column, index, inside, value, old, p, updated, decay, sent, numel, block,
+    scales, codes, head, origin, octet, within, inside, left, value, old, p, updated, decay, sent, block,
     seed, tensor, first, step, rank, stream,
     BITS: tl.constexpr, L2: tl.constexpr, STOCHASTIC: tl.constexpr,
-    MEMORY: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MEMORY: tl.constexpr, GIVEN: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """From the compensated tile to payload and memory. ``GIVEN``: the scales stand in the payload already."""
-    exists = row * block < numel
-    levels = tl.zeros([ROWS], tl.float32) + ((1 << (BITS - 1)) - 1)
-    if GIVEN:
-        scale = tl.load(scales + row, mask=exists, other=0.0)
-    else:
-        scale = _scale(p, levels, L2)
+    row, exists = head + tl.arange(0, ROWS), present(block, left, ROWS)
+    LEVELS: tl.constexpr = (1 << (BITS - 1)) - 1
+    levels = tl.zeros([ROWS], tl.float32) + LEVELS
+    norm = tl.load(scales + row, mask=exists, other=0.0) if GIVEN else _norm(p, L2)
+    inverse = tl.div_rn(levels, norm)
+    scale = tl.where(inverse == _INF, 0.0, norm)  # what overflows is sent as zeros
+    live = inverse < _INF  # false for NaN
+    inverse = tl.where(live, inverse, 0.0)
+    if not GIVEN:
         tl.store(scales + row, scale, mask=exists)
-    live = scale > 0  # false for NaN
-    inverse = tl.where(live, tl.div_rn(levels, tl.where(live, scale, 1.0)), 0.0)
+    u = 0.5
     if STOCHASTIC:
-        EIGHTH: tl.constexpr = COLUMNS // 8
-        counter = row[:, None] * (block // 8) + (tl.min(column, axis=0) // 8 + tl.arange(0, EIGHTH))[None, :]
-        h = uniform16(counter, seed, tensor, first, step, rank, stream)
-        u = h.to(tl.float32) * 0.0000152587890625 + 0.00000762939453125  # (h + 1/2) / 65536, exact
-    else:
-        u = tl.zeros([ROWS, COLUMNS], tl.float32) + 0.5
-    top = levels[:, None]
-    z = tl.floor(tl.where(live[:, None], p, 0.0) * inverse[:, None] + u)
-    z = tl.minimum(tl.maximum(z, -top), top)
-    codes = tl.where(inside, z, 0.0).to(tl.int32)
-    store_codes(words, row, column, block, numel, codes, BITS, ROWS, COLUMNS)
+        u = variate(uniform16(origin + octet, seed, tensor, first, step, rank, stream))
+    z = _floor(p * inverse[:, None, None] + u, LEVELS * 1.0, BITS)
+    piece = tl.where(live[:, None, None], pack(z.to(tl.int32), BITS, True), 0)
+    store_pieces(codes, origin, octet, within, left, piece, BITS, WHOLE)
     if MEMORY:
-        q = z * tl.div_rn(scale, levels)[:, None]
-        remember(updated, index, inside, (scale == scale)[:, None], value, old, q, decay, sent, MEMORY)
+        q = z * tl.div_rn(scale, levels)[:, None, None]
+        finite = (scale == scale)[:, None, None]
+        remember(updated, origin, octet, inside, left, finite, value, old, q, decay, sent, WHOLE)
 
 
 @triton.jit(do_not_specialize=KEY_ARGUMENTS)
 def _encode(
-    x, stride, r, updated, alpha, decay, sent, numel, block, scales, words,
+    x, stride, r, updated, alpha, decay, sent, numel, block, scales, codes,
     seed, tensor, first, step, rank, stream, tiles,
-    BITS: tl.constexpr, L2: tl.constexpr, STOCHASTIC: tl.constexpr,
-    MEMORY: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BITS: tl.constexpr, L2: tl.constexpr, STOCHASTIC: tl.constexpr, MEMORY: tl.constexpr, GIVEN: tl.constexpr,
+    WHOLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
-    value = load_x(x, stride, index, inside)
-    old, p = compensate(value, r, alpha, index, inside, MEMORY)
+    head, origin, left, octet, within = place(tiles, block, numel, ROWS, LANES)
+    inside = within & (8 * octet < left)
+    value = read_x(x, stride, origin, octet, inside, left, WHOLE)
+    old, p = compensate(value, r, alpha, origin, octet, inside, left, MEMORY, WHOLE)
     _finish(
-        scales, words, row, column, index, inside, value, old, p, updated, decay, sent, numel, block,
-        seed, tensor, first, step, rank, stream, BITS, L2, STOCHASTIC, MEMORY, GIVEN, ROWS, COLUMNS,
+        scales, codes, head, origin, octet, within, inside, left, value, old, p, updated, decay, sent, block,
+        seed, tensor, first, step, rank, stream, BITS, L2, STOCHASTIC, MEMORY, GIVEN, WHOLE, ROWS,
     )  # fmt: skip
 
 
 @triton.jit
-def _decode_tile(scales, words, row, index, inside, block, numel, BITS: tl.constexpr):
-    scale = tl.load(scales + row, mask=row * block < numel, other=0.0)
-    step = tl.div_rn(scale, tl.zeros_like(scale) + ((1 << (BITS - 1)) - 1))
-    code = load_codes(words, index, inside, BITS)
+def _decode_tile(
+    scales, codes, head, origin, octet, inside, left, block,
+    BITS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    scale = tl.load(scales + head + tl.arange(0, ROWS), mask=present(block, left, ROWS), other=0.0)
     HALF: tl.constexpr = 1 << (BITS - 1)
-    return ((code ^ HALF) - HALF).to(tl.float32) * step[:, None]
+    step = tl.div_rn(scale, tl.zeros_like(scale) + (HALF - 1))
+    field = load_codes(codes, origin, octet, inside, left, BITS, WHOLE)
+    # 2**23 + code + HALF by its bits, exact: faster than a conversion.
+    number = ((field & (2 * HALF - 1)) ^ (0x4B000000 + HALF)).to(tl.float32, bitcast=True)
+    return (number - (8388608.0 + HALF)) * step[:, None, None]
 
 
 @triton.jit
-def _mean_tile(scales, words, size, ranks, row, index, inside, block, numel, BITS: tl.constexpr):
-    """Average of the payloads; ``size``: words between two of them."""
-    value = _decode_tile(scales, words, row, index, inside, block, numel, BITS)
-    for _ in range(1, ranks):
-        scales += size
-        words += size
-        value += _decode_tile(scales, words, row, index, inside, block, numel, BITS)
-    return tl.where(inside, tl.div_rn(value, tl.zeros_like(value) + ranks), 0.0)
+def _mean_tile(
+    scales, codes, size, head, origin, octet, inside, left, block,
+    RANKS: tl.constexpr, BITS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Average of the payloads; ``size``: bytes between two of them."""
+    value = _decode_tile(scales, codes, head, origin, octet, inside, left, block, BITS, WHOLE, ROWS)
+    PIECE: tl.constexpr = codes.dtype.element_ty.primitive_bitwidth // 8
+    for _ in range(1, RANKS):
+        scales += size // 4
+        codes += size // PIECE
+        value += _decode_tile(scales, codes, head, origin, octet, inside, left, block, BITS, WHOLE, ROWS)
+    return over(value, RANKS)
 
 
 @triton.jit
 def _average(
-    scales, words, size, ranks, out, numel, block, tiles,
-    BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    scales, codes, size, out, numel, block, tiles,
+    RANKS: tl.constexpr, BITS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
-    mean = _mean_tile(scales, words, size, ranks, row, index, inside, block, numel, BITS)
-    tl.store(out + index, mean, mask=inside)
+    head, origin, left, octet, within = place(tiles, block, numel, ROWS, LANES)
+    inside = within & (8 * octet < left)
+    mean = _mean_tile(scales, codes, size, head, origin, octet, inside, left, block, RANKS, BITS, WHOLE, ROWS)
+    write(out + 8 * origin, octet, inside, left, mean, WHOLE)
 
 
 @triton.jit(do_not_specialize=KEY_ARGUMENTS)
 def _reduce(
-    in_scales, in_words, size, ranks, numel, block, scales, words,
+    in_scales, in_codes, size, numel, block, scales, codes,
     seed, tensor, first, step, rank, stream, tiles,
-    BITS: tl.constexpr, L2: tl.constexpr, STOCHASTIC: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    RANKS: tl.constexpr, BITS: tl.constexpr, L2: tl.constexpr, STOCHASTIC: tl.constexpr,
+    WHOLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
-    value = _mean_tile(in_scales, in_words, size, ranks, row, index, inside, block, numel, BITS)
+    head, origin, left, octet, within = place(tiles, block, numel, ROWS, LANES)
+    inside = within & (8 * octet < left)
+    value = _mean_tile(in_scales, in_codes, size, head, origin, octet, inside, left, block, RANKS, BITS, WHOLE, ROWS)
+    value = only(value, octet, inside, left, WHOLE)
     _finish(
-        scales, words, row, column, index, inside, value, value, value, scales, 1.0, 1.0, numel, block,
-        seed, tensor, first, step, rank, stream, BITS, L2, STOCHASTIC, 0, False, ROWS, COLUMNS,
+        scales, codes, head, origin, octet, within, inside, left, value, value, value, scales, 1.0, 1.0, block,
+        seed, tensor, first, step, rank, stream, BITS, L2, STOCHASTIC, 0, False, WHOLE, ROWS,
     )  # fmt: skip
 
 
 @triton.jit
 def _decode(
-    scales, words, out, weight, numel, block, tiles,
-    BITS: tl.constexpr, ACCUMULATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    scales, codes, out, weight, numel, block, tiles,
+    BITS: tl.constexpr, ACCUMULATE: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
-    write(out, index, inside, _decode_tile(scales, words, row, index, inside, block, numel, BITS), weight, ACCUMULATE)
+    head, origin, left, octet, within = place(tiles, block, numel, ROWS, LANES)
+    inside = within & (8 * octet < left)
+    value = _decode_tile(scales, codes, head, origin, octet, inside, left, block, BITS, WHOLE, ROWS)
+    put(out, origin, octet, inside, left, value, weight, ACCUMULATE, WHOLE)
 
 
 @triton.jit(do_not_specialize=KEY_ARGUMENTS)
 def _round(
     x, out, inverse, width, levels, numel, block, seed, tensor, first, step, rank, stream, tiles,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    row, column, index, inside = place(tiles, block, numel, ROWS, COLUMNS)
-    counter = row[:, None] * (block // 8) + (tl.min(column, axis=0) // 8 + tl.arange(0, COLUMNS // 8))[None, :]
-    h = uniform16(counter, seed, tensor, first, step, rank, stream)
-    u = h.to(tl.float32) * 0.0000152587890625 + 0.00000762939453125  # (h + 1/2) / 65536, exact
-    z = tl.floor(load_x(x, 1, index, inside) * inverse + u)
-    tl.store(out + index, tl.minimum(tl.maximum(z, -levels), levels) * width, mask=inside)
+    head, origin, left, octet, within = place(tiles, block, numel, ROWS, LANES)
+    inside = within & (8 * octet < left)
+    u = variate(uniform16(origin + octet, seed, tensor, first, step, rank, stream))
+    z = tl.floor(read(x + 8 * origin, octet, inside, left, WHOLE) * inverse + u)
+    write(out + 8 * origin, octet, inside, left, tl.minimum(tl.maximum(z, -levels), levels) * width, WHOLE)
 
 
 def _scales_of_long_blocks(x, memory, block, levels, l2):
@@ -174,13 +202,13 @@ def uniform_encode(x, bits, block, key, l2, memory, out):
     if cut.long:
         scales.copy_(_scales_of_long_blocks(x, memory, block, layout.uniform_levels(bits), l2))
     constants = {"BITS": bits, "L2": l2, "STOCHASTIC": key is not None, "MEMORY": mode_of(memory)}
-    arguments = x, x.stride(0), *factors(x, memory), numel, block, scales, words, *words_of(key)
+    arguments = x, x.stride(0), *factors(x, memory), numel, block, scales, pieces(words, bits), *words_of(key)
     cut.launch(_encode, x, *arguments, GIVEN=cut.long, **constants)
 
 
 def uniform_decode(payload, numel, bits, block, out, weight, accumulate):
     scales, words = layout.split(payload, layout.blocks(numel, block))
-    arguments = scales, words, out, float(weight), numel, block
+    arguments = scales, pieces(words, bits), out, float(weight), numel, block
     Geometry(numel, block).launch(_decode, payload, *arguments, BITS=bits, ACCUMULATE=accumulate)
 
 
@@ -192,17 +220,18 @@ def uniform_reduce(payloads, numel, bits, block, key, l2, out):
         return uniform_encode(average, bits, block, key, l2, None, out)
     scales, words = layout.split(out, layout.blocks(numel, block))
     in_scales, in_words = layout.split(payloads, layout.blocks(numel, block))
-    given = in_scales, in_words, payloads.shape[1] // 4, len(payloads)
-    arguments = *given, numel, block, scales, words, *words_of(key)
-    cut.launch(_reduce, payloads, *arguments, BITS=bits, L2=l2, STOCHASTIC=key is not None)
+    given = in_scales, pieces(in_words, bits), payloads.shape[1], numel, block
+    arguments = *given, scales, pieces(words, bits), *words_of(key)
+    constants = {"BITS": bits, "L2": l2, "STOCHASTIC": key is not None}
+    cut.launch(_reduce, payloads, *arguments, RANKS=len(payloads), **constants)
 
 
 def uniform_average(payloads, numel, bits, block, out):
     scales, words = layout.split(payloads, layout.blocks(numel, block))
-    arguments = scales, words, payloads.shape[1] // 4, len(payloads), out, numel, block
-    Geometry(numel, block).launch(_average, payloads, *arguments, BITS=bits)
+    arguments = scales, pieces(words, bits), payloads.shape[1], out, numel, block
+    Geometry(numel, block).launch(_average, payloads, *arguments, RANKS=len(payloads), BITS=bits)
 
 
 def uniform_round(x, bits, scale, key, out):
-    arguments = x.detach(), out.detach(), *grid(bits, scale), float(layout.uniform_levels(bits)), x.numel(), ELEMENTS
-    Geometry(x.numel(), ELEMENTS).launch(_round, x, *arguments, *words_of(key))
+    arguments = x.detach(), out.detach(), *grid(bits, scale), float(layout.uniform_levels(bits)), x.numel(), _LAUNCH
+    Geometry(x.numel(), _LAUNCH).launch(_round, x, *arguments, *words_of(key))
