@@ -57,7 +57,7 @@ CARDS = {
     80: Card("A100 SXM 80 GB", 108, 1.41e9, 2.039e12),
     86: Card("A10", 72, 1.695e9, 0.6e12),
     89: Card("L4", 58, 2.04e9, 0.3e12),
-    90: Card("H100 SXM", 132, 1.755e9, 3.35e12),  # 1.98 GHz is published too; under load clocks fall
+    90: Card("H100 SXM", 132, 1.755e9, 3.35e12),  # peak figures of these two mean 1.98 GHz; under load clocks fall
     100: Card("B200", 148, 1.85e9, 8e12),
 }
 
