@@ -12,16 +12,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ..errors import CompressionError
-
-if TYPE_CHECKING:
-    from .server import Server
 
 VERSION = 2
 _Count = Annotated[int, Field(ge=0, lt=2**62)]
@@ -108,14 +105,14 @@ def check(saved: Mapping[str, Any], numel: int) -> Contents:
     return contents
 
 
-def save(path: Path, server: Server) -> None:
-    """Write the server's state; the file that was there is whole until the new one is.
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a result of `sealed`; the file that was there is whole until the new one is.
 
     Raises:
         CompressionError: the file cannot be written; no other is left behind.
     """
     buffer = io.BytesIO()
-    torch.save(server.state_dict(), buffer)
+    torch.save(dict(state), buffer)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:

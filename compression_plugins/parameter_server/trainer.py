@@ -135,7 +135,7 @@ class AsyncTrainer:
 
     def _save(self, server: Server) -> None:
         assert self.checkpoint is not None
-        files.save(self.checkpoint, server)
+        files.save(self.checkpoint, server.state_dict())
 
     def _run_processes(self, server: Server) -> None:
         token = secrets.token_bytes(32)
