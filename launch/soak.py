@@ -31,7 +31,7 @@ import compression_plugins.ddp as compression
 from compression_plugins.adapters.ddp import find
 from compression_plugins.schemes import registry
 
-RANKS, STEPS, TURN, LIMIT_S = 2, 20_000, 50, 20 * 60
+RANKS, STEPS, TURN, MINUTES = 2, 20_000, 50, 20.0
 GROWTH, RESIDUAL = 1.05, 4.0
 _OUT = Path(__file__).parents[1] / "docs/benchmarks/soak.png"
 #: A learning rate at which each trains; the others take 0.05.
@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS, help="of all schemes together")
     parser.add_argument("--turn", type=int, default=TURN, help="steps of a scheme until the next one takes over")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="after which no scheme takes over any more")
     parser.add_argument("--out", type=Path, default=_OUT, help="picture; the samples go beside it, as JSON")
     options = parser.parse_args(argv)
     with socket.socket() as s:
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         port = s.getsockname()[1]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     record = options.out.with_suffix(".json")
-    mp.spawn(_rank, (port, options.steps, options.turn, str(record)), nprocs=RANKS)
+    mp.spawn(_rank, (port, options.steps, options.turn, 60 * options.minutes, str(record)), nprocs=RANKS)
     samples = json.loads(record.read_text())
     draw(samples, options.out)
     faults = judge(samples)
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if faults else 0
 
 
-def _rank(rank: int, port: int, steps: int, each: int, record: str) -> None:
+def _rank(rank: int, port: int, steps: int, each: int, limit_s: float, record: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
     schemes = [name for name in registry.names() if registry.get(name).trains]
@@ -76,13 +77,15 @@ def _rank(rank: int, port: int, steps: int, each: int, record: str) -> None:
             "step": done, "scheme": scheme, "round": turn // len(schemes), "residual_norm": norm, "loss": loss,
             "rss_mb": _resident_mb(), "seconds": time.monotonic() - began,
         })  # fmt: skip
-        over = torch.tensor([float(time.monotonic() - began > LIMIT_S)])
+        over = torch.tensor([float(time.monotonic() - began > limit_s)])
         dist.all_reduce(over)  # the ranks stop together
         if over:
             break
     if rank == 0:
         Path(record).write_text(json.dumps(samples, indent=1))
-    dist.destroy_process_group()
+    dist.barrier()
+    sys.stderr.flush()
+    os._exit(0)  # tearing down a Gloo group after many DDP models was seen to wait for ever, with nothing in flight
 
 
 def _train(scheme: str, steps: int, rank: int) -> tuple[float, float]:
