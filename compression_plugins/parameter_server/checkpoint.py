@@ -6,10 +6,6 @@ checksum finds damage, not forgery: who can write the file can write its checksu
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from ..engine.saved import checksum
 from ..errors import CompressionError
 
 VERSION = 2
@@ -60,16 +57,11 @@ class Contents(BaseModel):
     history: list[_Row]
 
 
-def sealed(state: Mapping[str, Any]) -> dict[str, Any]:
-    """`state`, with its checksum."""
-    return {**state, "sha256": _sha256(state)}
-
-
 def check(saved: Mapping[str, Any], numel: int) -> Contents:
     """The contents of a state, after its checksum and its bounds.
 
     Args:
-        saved: a result of `sealed`, or what a file has made of it.
+        saved: sealed as by `engine.saved.seal`, or what a file has made of it.
         numel: of the model.
 
     Raises:
@@ -80,9 +72,9 @@ def check(saved: Mapping[str, Any], numel: int) -> Contents:
         raise CompressionError(
             f"a checkpoint of version {version!r:.40}; this package reads {VERSION}: begin without it"
         )
-    own = {key: value for key, value in saved.items() if key != "sha256"}
+    own = {key: value for key, value in saved.items() if key != "checksum"}
     try:
-        whole = saved.get("sha256") == _sha256(own)
+        whole = saved.get("checksum") == checksum(own)
     except (TypeError, ValueError, RuntimeError):  # values of types that no checkpoint holds
         whole = False
     if not whole:
@@ -105,34 +97,6 @@ def check(saved: Mapping[str, Any], numel: int) -> Contents:
     return contents
 
 
-def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a result of `sealed`; the file that was there is whole until the new one is.
-
-    Raises:
-        CompressionError: the file cannot be written; no other is left behind.
-    """
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CompressionError(
-            f"cannot write the checkpoint {path}: {error.strerror or error}; the one of an earlier epoch, if any, is "
-            "as it was"
-        ) from None
-
-
 def load(path: Path) -> dict[str, Any]:
     """What the file holds, which `check` has yet to see; nothing but numbers and tensors is read.
 
@@ -144,14 +108,3 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged file makes torch raise nearly anything
         reason = (str(error).splitlines() or [""])[0][:200]
         raise CompressionError(f"cannot read the checkpoint {path}: {reason or type(error).__name__}") from None
-
-
-def _sha256(state: Mapping[str, Any]) -> str:
-    """Of a dict of JSON-able values and tensors, by name."""
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    numbers = {name: value for name, value in state.items() if name not in tensors}
-    found = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode())
-    for name, x in sorted(tensors.items()):
-        found.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        found.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ..engine.saved import seal
 from ..errors import CompressionError, MismatchError
 from . import checkpoint, messages
 from .algorithms import Prox, State, get
@@ -355,7 +356,7 @@ class Server:
         """At the end of an epoch: plain numbers and tensors; loads with `torch.load(..., weights_only=True)`."""
         if self._out or self.phase == "snapshot":
             raise CompressionError("the server's state can be saved between epochs only (on_checkpoint)")
-        return checkpoint.sealed({
+        return seal({
             "version": checkpoint.VERSION,
             "digest": self.options.digest(self.numel, self.samples).hex(),
             "step": self.step,

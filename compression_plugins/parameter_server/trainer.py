@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..engine.saved import write
 from ..errors import ConfigError
 from . import checkpoint as files
 from .options import Options
@@ -135,7 +136,7 @@ class AsyncTrainer:
 
     def _save(self, server: Server) -> None:
         assert self.checkpoint is not None
-        files.save(self.checkpoint, server.state_dict())
+        write(server.state_dict(), self.checkpoint)
 
     def _run_processes(self, server: Server) -> None:
         token = secrets.token_bytes(32)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from compression_plugins.engine.saved import seal, write
 from compression_plugins.errors import CompressionError, MismatchError
 from compression_plugins.parameter_server import checkpoint
 from compression_plugins.parameter_server.server import Server
@@ -42,7 +43,7 @@ def fresh() -> Server:
 
 def same(a: Server, b: Server) -> bool:
     x, y = a.state_dict(), b.state_dict()
-    return x["sha256"] == y["sha256"]
+    return x["checksum"] == y["checksum"]
 
 
 def test_a_damaged_file_is_refused_in_one_sentence_or_gives_the_same_state(saved: bytes, tmp_path: Path) -> None:
@@ -91,10 +92,10 @@ FORGED = [
 def test_every_field_has_bounds_even_where_the_checksum_fits(saved: bytes, field: str, value: Any) -> None:
     state = torch.load(io.BytesIO(saved), weights_only=True)
     state[field] = value
-    del state["sha256"]
+    del state["checksum"]
     server = fresh()
     with pytest.raises(CompressionError) as error:
-        server.load_state_dict(checkpoint.sealed(state) if not isinstance(value, set) else {**state, "sha256": ""})
+        server.load_state_dict(seal(state) if not isinstance(value, set) else {**state, "checksum": ""})
     assert "\n" not in str(error.value)
     assert server.phase == "waiting" and server.step == 0
 
@@ -123,6 +124,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CompressionError, match=r"cannot write the checkpoint .*: No space left on device"):
-        checkpoint.save(path, server.state_dict())
+    with pytest.raises(CompressionError, match=r"cannot write .*: No space left on device"):
+        write(server.state_dict(), path)
     assert path.read_bytes() == saved and list(tmp_path.iterdir()) == [path]
