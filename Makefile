@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint audit soak clean
+.PHONY: setup demo test nightly lint audit soak clean
 
 setup:
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) was not found: install Python 3.10 or newer, or run make PYTHON=/path/to/python3" >&2; exit 2; }
@@ -18,8 +18,13 @@ lint: setup
 	$(BIN)/lint-imports --no-cache > .venv/imports.log 2>&1 || { cat .venv/imports.log; exit 1; }
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not alone"
-	$(BIN)/python -m pytest -q -m alone
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not alone and not nightly"
+	$(BIN)/python -m pytest -q -m "alone and not nightly"
+
+# What takes too long for every change: jobs that die and restart, and a hundred thousand damaged messages.
+nightly: setup
+	$(BIN)/python -m pytest -q --timeout 1200 -m nightly
+	COMPRESSION_PLUGINS_FUZZ_CASES=100000 $(BIN)/python -m pytest -q --timeout 7200 tests/fuzz tests/parameter_server/test_checkpoint.py
 
 # Known vulnerabilities of what is installed: at each release. Needs the network; pip-audit lives in a folder of its own.
 audit: setup

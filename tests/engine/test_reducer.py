@@ -70,7 +70,7 @@ def test_an_aborted_job_has_no_result() -> None:
 
 def test_states_of_another_version_and_empty_lists_are_refused() -> None:
     world = World(config("topk"), 1)
-    with pytest.raises(CompressionError, match="version 99 is unknown; this package reads 2"):
+    with pytest.raises(CompressionError, match="version 99 is unknown; this package reads 3"):
         world.reducers[0].load_state_dict({"version": 99})
     with pytest.raises(CompressionError, match="no state to reshard"):
         reshard([])

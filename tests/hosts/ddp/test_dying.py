@@ -17,6 +17,8 @@ from .job import SCRIPTS
 
 LIMIT_S = 280
 
+pytestmark = pytest.mark.nightly
+
 
 def pair(what: str, phase: int, scheme: str) -> list[tuple[int, str]]:
     """(status, output) of both ranks."""

@@ -8,6 +8,8 @@ import torch
 from ..state_damage import TOLD
 from .job import deepspeed
 
+pytestmark = pytest.mark.nightly
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
