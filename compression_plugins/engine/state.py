@@ -311,6 +311,8 @@ def reshard(saved: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Raises:
         CompressionError: there are none, or they are of different steps.
     """
+    if not saved:
+        raise CompressionError("there is no state to reshard: give those of all ranks")
     if len({state["step"] for state in saved}) != 1:
         raise CompressionError(f"compression states to merge are of one step, not of {[s['step'] for s in saved]}")
     slots = dict.fromkeys(slot for state in saved for slot in state["vectors"])
