@@ -43,6 +43,7 @@ def runs_of(name: str, out: Path, headline: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.nightly
 def test_asylpg_bits_saves_what_the_methods_promise_at_the_same_number_of_epochs(tmp_path: Path) -> None:
     runs = {run["method"]: run for run in runs_of("asylpg-bits", tmp_path, "bits saved over asyfpg")}
     dense = runs["asyfpg"]
@@ -56,6 +57,7 @@ def test_asylpg_bits_saves_what_the_methods_promise_at_the_same_number_of_epochs
     assert all(0 < run["max_delay"] <= run["settings"]["tau"] for run in runs.values())
 
 
+@pytest.mark.nightly
 def test_asylpg_mu_spends_fewer_bits_on_weights_as_mu_grows(tmp_path: Path) -> None:
     runs = runs_of("asylpg-mu", tmp_path, "fewest bits until")
     widths = [run["model_bits"] for run in runs]
@@ -64,6 +66,7 @@ def test_asylpg_mu_spends_fewer_bits_on_weights_as_mu_grows(tmp_path: Path) -> N
     assert 2 < widths[0] - widths[1] < 4 and 1 < widths[1] - widths[2] < 3
 
 
+@pytest.mark.nightly
 def test_asylpg_logistic_saves_bits_on_both_sets_and_time_where_messages_are_large(tmp_path: Path) -> None:
     runs = runs_of("asylpg-logistic", tmp_path, "saved over asyfpg")
     tasks = list(dict.fromkeys(run["task"] for run in runs))
@@ -84,6 +87,7 @@ def test_asylpg_logistic_saves_bits_on_both_sets_and_time_where_messages_are_lar
     assert quantized["objective"] == pytest.approx(dense["objective"], rel=0.01)
 
 
+@pytest.mark.nightly
 @pytest.mark.alone
 @pytest.mark.skipif(REASON is not None, reason=f"no network laboratory here: {REASON}")
 def test_asylpg_netlab_is_faster_by_transmission_and_counts_what_crosses_the_interface(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from launch.lab import netlab  # noqa: E402
 from tests.experiments.quick import run_quick  # noqa: E402
 
 
+@pytest.mark.nightly
 @pytest.mark.hosts
 def test_marsit_is_as_accurate_as_exact_averages_at_the_bits_of_the_formula(tmp_path: Path) -> None:
     headline, records = run_quick("marsit-accuracy", tmp_path)
@@ -43,6 +44,7 @@ def test_marsit_is_as_accurate_as_exact_averages_at_the_bits_of_the_formula(tmp_
         assert all(run["steps"] == 20 and run["accuracy"] > 0.4 and run["step_s"] > 0 for run in timed.values())
 
 
+@pytest.mark.nightly
 def test_more_steps_between_flushes_send_fewer_bits_and_one_is_the_exact_average(tmp_path: Path) -> None:
     headline, runs = run_quick("marsit-k", tmp_path)
     assert "K = 1 +0.00 at 56.00 bits" in headline

@@ -14,6 +14,7 @@ from launch.experiments.marsit.deviation import SCHEMES, measure  # noqa: E402
 from tests.experiments.quick import run_quick  # noqa: E402
 
 
+@pytest.mark.nightly
 def test_the_cascades_deviation_grows_with_the_workers_and_marsits_does_not(tmp_path: Path) -> None:
     headline, runs = run_quick("marsit-deviation", tmp_path)
     assert headline.startswith("deviation of one aggregate, 2 to 16 workers: cascading SSDM ")

@@ -23,6 +23,7 @@ def accuracy(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[s
     return run_quick("scalecom-accuracy", tmp_path_factory.mktemp("accuracy"))
 
 
+@pytest.mark.nightly
 def test_networks_learn_from_one_gradient_value_in_fifty(accuracy: tuple[str, list[dict[str, Any]]]) -> None:
     headline, runs = accuracy
     assert headline.startswith("worse than dense by: ") and "LSTM" in headline
@@ -35,6 +36,7 @@ def test_networks_learn_from_one_gradient_value_in_fifty(accuracy: tuple[str, li
         assert run["loss"][-1] < 0.7 * run["loss"][0]
 
 
+@pytest.mark.nightly
 def test_traffic_in_the_table_is_that_of_the_wire_format(accuracy: tuple[str, list[dict[str, Any]]]) -> None:
     run = next(run for run in accuracy[1] if run["task"] == LSTM.name and run["ratio"] == 50)
     numel = sum(parameter.numel() for parameter in LSTM.model(0).parameters())
@@ -47,6 +49,7 @@ def test_traffic_in_the_table_is_that_of_the_wire_format(accuracy: tuple[str, li
     assert run["dense_bytes"] > 40 * run["step_bytes"]
 
 
+@pytest.mark.nightly
 def test_momentum_and_a_large_step_break_plain_error_feedback_but_not_the_filter(tmp_path: Path) -> None:
     headline, runs = run_quick("scalecom-large-batch", tmp_path)
     assert headline.startswith("test accuracy")

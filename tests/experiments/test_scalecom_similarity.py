@@ -15,6 +15,7 @@ from launch.task import Digits  # noqa: E402
 from tests.experiments.quick import run_quick  # noqa: E402
 
 
+@pytest.mark.nightly
 def test_the_filter_makes_memories_more_alike_and_the_leaders_choice_better(tmp_path: Path) -> None:
     headline, records = run_quick("scalecom-similarity", tmp_path)
     assert headline.startswith("beta 1 -> 0.1 at lr 0.1: cosine of memories 0.")

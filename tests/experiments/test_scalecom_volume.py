@@ -30,6 +30,7 @@ def local(runs: list[dict[str, Any]], scheme: str, key: str = "payload") -> dict
     return {run["n"]: run[key] for run in runs if run["part"] == "local" and run["scheme"] == scheme}
 
 
+@pytest.mark.nightly
 def test_clt_k_sends_the_same_part_of_dense_at_every_n(result: tuple[str, list[dict[str, Any]], Path]) -> None:
     dense, sparse = local(result[1], "none"), local(result[1], "scalecom")
     assert sorted(sparse) == [2, 4, 8]
@@ -39,6 +40,7 @@ def test_clt_k_sends_the_same_part_of_dense_at_every_n(result: tuple[str, list[d
     assert list(local(result[1], "scalecom", "places").values()) == pytest.approx([1] * 3, rel=1e-3)
 
 
+@pytest.mark.nightly
 def test_local_top_k_grows_with_n_in_bytes_and_in_places(result: tuple[str, list[dict[str, Any]], Path]) -> None:
     sent, places = local(result[1], "topk"), local(result[1], "topk", "places")
     for n in sent:
@@ -46,11 +48,13 @@ def test_local_top_k_grows_with_n_in_bytes_and_in_places(result: tuple[str, list
     assert places[2] > 1.5 and places[8] > 2 * places[2] and places[8] <= 8
 
 
+@pytest.mark.nightly
 def test_bf16_values_halve_the_all_reduce(result: tuple[str, list[dict[str, Any]], Path]) -> None:
     for n, sent in local(result[1], "scalecom, bf16 values").items():
         assert sent == pytest.approx((n - 1) / n * (INDEX_BITS + 32 * K) / D, rel=0.02)
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(netlab.available() is not None, reason=f"no network laboratory here: {netlab.available()}")
 def test_the_interface_sends_and_receives_what_the_transport_counts(
     result: tuple[str, list[dict[str, Any]], Path],
@@ -63,6 +67,7 @@ def test_the_interface_sends_and_receives_what_the_transport_counts(
             assert run["payload"] < run[way] < 1.05 * run["payload"] + 8 * 10_000 / scalecom_volume.WIRE_QUICK
 
 
+@pytest.mark.nightly
 def test_it_ends_with_a_headline_a_picture_and_a_table(result: tuple[str, list[dict[str, Any]], Path]) -> None:
     headline, _, out = result
     assert headline.startswith("bits sent a step and value, n = 2 -> 8: scalecom 0.355 -> 0.621, topk 0.64 -> 4.48")

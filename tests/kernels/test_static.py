@@ -42,6 +42,7 @@ def published() -> dict[tuple[str, str], float]:
     return found
 
 
+@pytest.mark.nightly
 def test_dense_vectors_are_accessed_128_bits_at_a_time(compiled):
     for row in compiled["rows"]:
         memory, decodes = "memory" in row["setting"], not row["kernel"].endswith("encode")
@@ -54,12 +55,14 @@ def test_dense_vectors_are_accessed_128_bits_at_a_time(compiled):
     assert chunks["loads"] == {"128": chunks["loads"]["128"]} and chunks["stores"]["128"] and chunks["registers"] < 128
 
 
+@pytest.mark.nightly
 def test_nothing_spills_and_memory_is_what_limits(compiled):
     assert not compiled["chunk 100"]["spills"]
     for row in compiled["rows"]:
         assert not row["spills"] and row["issue_bound"] >= AIM, row
 
 
+@pytest.mark.nightly
 def test_instructions_are_those_of_the_document_or_fewer(compiled):
     expected = published()
     for row in compiled["rows"]:

@@ -19,12 +19,14 @@ def reports(tmp_path_factory):
     return [torch.load(folder / f"report{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.nightly
 def test_a_rank_killed_in_mid_step_costs_nothing_but_time(reports):
     for report in reports:
         assert (report["attempt"], report["first"]) == (1, 6)
         assert report["resumed"] == report["straight"]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", TOLD)
 def test_what_is_wrong_with_one_ranks_file_is_told_to_all_in_the_same_words(reports, kind):
     one, other = (report["told"][kind] for report in reports)
@@ -33,9 +35,11 @@ def test_what_is_wrong_with_one_ranks_file_is_told_to_all_in_the_same_words(repo
         assert TOLD[kind] in told and "rank 1" in told and "\n" not in told
 
 
+@pytest.mark.nightly
 def test_where_no_rank_has_a_state_memory_begins_at_zero_and_says_so(reports):
     assert reports[0]["zero"]
 
 
+@pytest.mark.nightly
 def test_torch_distributed_checkpoint_keeps_every_ranks_own_memory(reports):
     assert all(report["dcp"] for report in reports)
