@@ -9,6 +9,7 @@ from torch import Tensor
 from compression_plugins.collectives import square_rows
 from compression_plugins.config import Config
 from compression_plugins.engine.reducer import Reducer
+from compression_plugins.engine.saved import STATE_VERSION
 from compression_plugins.errors import ConfigError, UnsupportedError
 from compression_plugins.transports.local import LocalWorld, drive
 
@@ -29,7 +30,9 @@ def votes(world: World, gradients: list[Tensor], draws: int) -> Tensor:
     rows = []
     for step in range(1, draws + 1):
         for reducer in world.reducers:
-            reducer.load_state_dict({"version": 2, "step": step, "size": world.size, "vectors": {}, "tensors": {}})
+            reducer.load_state_dict(
+                {"version": STATE_VERSION, "step": step, "size": world.size, "vectors": {}, "tensors": {}}
+            )
         rows.append(world.reduce(gradients)[0] > 0)
     return torch.stack(rows)
 

@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from compression_plugins.engine.reducer import Reducer
+from compression_plugins.engine.saved import STATE_VERSION
 from compression_plugins.transports.torch_distributed import TorchDistributed
 
 from ..world import World, config
@@ -25,7 +26,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ssdm": ("ssdm", {}),
     "cascading_ssdm": ("cascading_ssdm", {}),
 }
-FRESH = {"version": 2, "step": 1, "size": SIZE, "vectors": {}, "tensors": {}}
+FRESH = {"version": STATE_VERSION, "step": 1, "size": SIZE, "vectors": {}, "tensors": {}}
 
 
 def _rank(rank: int, rendezvous: str, out: str) -> None:
