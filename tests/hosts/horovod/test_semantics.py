@@ -116,7 +116,10 @@ def test_a_scheme_is_a_horovod_compressor(two: list[dict[str, Any]]) -> None:
             "rank 1 differs from rank 0 in config.ratio (10.0 on rank 0, 20.0 there)",
         ),
         ("tensors_that_differ_are_named", "rank 1 differs from rank 0 in tensor 0.bias"),
-        ("states_of_different_steps_are_refused", "rank by rank [0, 1]"),
+        (
+            "states_of_different_steps_are_refused",
+            "rank 1 differs from rank 0 in compression state ('none' on rank 0, 'of step 1",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_on_every_rank_with_the_reason(
