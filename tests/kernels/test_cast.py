@@ -41,6 +41,15 @@ def test_any_multiple_of_32_is_a_block_of_fp8(implementation, block):
 
 
 @pytest.mark.parametrize("implementation", ALL)
+def test_tiles_beyond_the_end_of_the_last_block_have_no_part_in_its_scale(implementation):
+    torch.use_deterministic_algorithms(True)  # new memory is then filled with what shows
+    try:
+        checks.check_cast(implementation, 5003, "fp8", 4128, DAMPED)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("numel, block", [(1, 64), (1009, 64), (4999, 4128)])

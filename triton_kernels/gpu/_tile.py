@@ -322,8 +322,10 @@ def moments(x: torch.Tensor, memory: Memory | None, block: int) -> tuple[torch.T
     """Per block ``(bits of max |p| int32, sum |p| fp64, sum p**2 fp64)``, for blocks of any length."""
     numel, cut = x.numel(), Geometry(x.numel(), block)
     shape = blocks(numel, block), cut.tiles
-    largest = torch.empty(shape, dtype=torch.int32, device=x.device)
-    magnitudes, squares = (torch.empty(shape, dtype=torch.float64, device=x.device) for _ in range(2))
+    largest = torch.zeros(
+        shape, dtype=torch.int32, device=x.device
+    )  # tiles of the last block beyond its end write none
+    magnitudes, squares = (torch.zeros(shape, dtype=torch.float64, device=x.device) for _ in range(2))
     r, _, alpha, _, _ = factors(x, memory)
     arguments = x, x.stride(0), r, alpha, numel, block, largest, magnitudes, squares
     cut.launch(_moments, x, *arguments, MEMORY=mode_of(memory))
