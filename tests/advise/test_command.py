@@ -194,6 +194,7 @@ def test_memory_bandwidth_is_checked() -> None:
         advise(*"--shapes mlp --ranks 4 --bandwidth 1Gb --memory-bandwidth 2Gb".split())
 
 
+@pytest.mark.nightly
 @pytest.mark.hosts
 def test_ranks_of_a_job_measure_their_network_and_one_of_them_speaks(tmp_path: Path) -> None:
     """As torchrun starts them."""

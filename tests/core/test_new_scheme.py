@@ -94,6 +94,7 @@ def run(house: Path, *command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.nightly
 def test_one_file_and_one_yaml_reach_the_lists_the_laws_and_the_benchmark(house: Path) -> None:
     assert "toy" in run(house, "-m", "compression_plugins", "schemes")
     row = next(

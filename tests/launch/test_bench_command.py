@@ -35,6 +35,7 @@ warmup_steps: 1
 """
 
 
+@pytest.mark.nightly
 def test_a_bench_measures_its_cells_once_counts_their_bytes_and_reports(tmp_path: Path) -> None:
     file, out = tmp_path / "small.yaml", tmp_path / "out"
     file.write_text(EXPERIMENT)

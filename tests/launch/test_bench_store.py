@@ -129,6 +129,7 @@ def test_an_interruption_ends_the_job_and_leaves_no_row(tmp_path: Path, monkeypa
     assert job._processes[0].poll() is not None
 
 
+@pytest.mark.nightly
 @pytest.mark.hosts
 @counts_bytes
 def test_a_real_cell_counts_the_bytes_that_bf16_sends_and_is_done_then(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ PARAMETERS = 784 * 256 + 256 * 256 + 10 * 256 + 2 * 256 + 10  # of the quick net
 DENSE = 4 * PARAMETERS  # bytes that each of two ranks sends to average fp32 gradients
 
 
+@pytest.mark.nightly
 @pytest.mark.hosts
 def test_quick_demo_reports_what_its_two_jobs_measured(tmp_path: Path) -> None:
     done = subprocess.run(
