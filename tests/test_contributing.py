@@ -98,6 +98,7 @@ def run(house: Path, *command: str | Path, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.nightly
 def test_the_scheme_keeps_the_laws(house: Path) -> None:
     assert "toy " in run(house, "-m", PACKAGE, "schemes")
     laws = run(house, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/laws", "-k", "toy")

@@ -56,6 +56,8 @@ steps_per_print: 1000
 communication_compression: {scheme: ecq_sgd, bucket_mb: auto, min_numel: 0}
 """
 
+pytestmark = pytest.mark.nightly
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], str]:

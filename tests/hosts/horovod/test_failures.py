@@ -33,9 +33,10 @@ def test_elastic_training_keeps_memory_when_communication_fails_and_when_a_rank_
     assert last["steps"] == 16
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("where", "settings"),
-    [pytest.param("outside", (), marks=pytest.mark.nightly), ("inside", ("every=2",))],
+    [("outside", ()), ("inside", ("every=2",))],
     ids=["outside", "inside"],
 )
 def test_a_killed_rank_and_a_new_one_take_nothing_that_is_owed(
