@@ -120,7 +120,7 @@ def test_a_command_that_sets_a_machine_up_works_up_to_that(command: str, folder:
 
 @pytest.mark.parametrize("command", TARGETS)
 def test_a_target_of_make_runs_programs_and_modules_that_there_are(command: str) -> None:
-    recipe = subprocess.run([*command.split(), "-n"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    recipe = subprocess.run([*command.split(), "--no-print-directory", "-n"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     lines = [shlex.split(line.split(" >")[0]) for line in recipe.splitlines() if line.startswith(".venv/bin/")]
     assert lines, recipe
     for program, *arguments in lines:
@@ -131,7 +131,7 @@ def test_a_target_of_make_runs_programs_and_modules_that_there_are(command: str)
 
 
 def test_the_audit_looks_at_what_is_installed_and_says_what_it_needs() -> None:
-    recipe = subprocess.run(["make", "audit", "-n"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    recipe = subprocess.run(["make", "--no-print-directory", "audit", "-n"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     *_, install, audit = recipe.splitlines()
     assert "needs the package index" in install
     assert audit.startswith(".venv/audit/bin/pip-audit --path $(.venv/bin/python -c ")
