@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test nightly lint audit soak clean
+.PHONY: setup demo test nightly lint kernels audit soak clean
 
 setup:
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) was not found: install Python 3.10 or newer, or run make PYTHON=/path/to/python3" >&2; exit 2; }
@@ -17,7 +17,12 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache > .venv/imports.log 2>&1 || { cat .venv/imports.log; exit 1; }
 
-test: lint
+# Once, beside the linters: else every process of the tests compiles its own.
+kernels: setup
+	$(BIN)/python -m tests.compiled
+
+test: setup
+	@$(MAKE) --no-print-directory -j2 lint kernels
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not alone and not nightly"
 	$(BIN)/python -m pytest -q -m "alone and not nightly"
 

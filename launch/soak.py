@@ -82,7 +82,7 @@ def _rank(rank: int, port: int, steps: int, each: int, limit_s: float, record: s
         if over:
             break
     if rank == 0:
-        Path(record).write_text(json.dumps(samples, indent=1))
+        Path(record).write_text("[\n" + ",\n".join(map(json.dumps, samples)) + "\n]\n")
     dist.barrier()
     sys.stderr.flush()
     os._exit(0)  # tearing down a Gloo group after many DDP models was seen to wait for ever, with nothing in flight

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -49,6 +50,23 @@ QUICK = (
 )
 JOBS = ("horovodrun ", "deepspeed ", "compression-plugins horovodrun ")
 DDP_JOBS = ("compression-plugins torchrun ", "env COMPRESSION_PLUGINS_CONFIG")
+
+
+def shape(command: str) -> str:
+    """What two commands have in common that differ in a scheme, in a value, or in how many of them there are."""
+    command = re.sub(r"( --compression-set) \S+=\S+(?: --compression-set \S+=\S+)*", r"\1", command)
+    return re.sub(r"(--compression) [^ .]+( |$)", r"\1 NAME\2", command)
+
+
+def jobs() -> list[Any]:
+    """The jobs of the pages; of one shape only the first is run for every change, and all of them nightly."""
+    shapes: set[str] = set()
+    found = []
+    for command in only(JOBS):
+        again = shape(command) in shapes
+        shapes.add(shape(command))
+        found.append(pytest.param(command, marks=pytest.mark.nightly if again else ()))
+    return found
 
 
 def blocks(*languages: str) -> list[tuple[str, str]]:
@@ -120,7 +138,9 @@ def test_a_command_that_sets_a_machine_up_works_up_to_that(command: str, folder:
 
 @pytest.mark.parametrize("command", TARGETS)
 def test_a_target_of_make_runs_programs_and_modules_that_there_are(command: str) -> None:
-    recipe = subprocess.run([*command.split(), "--no-print-directory", "-n"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    recipe = subprocess.run(
+        [*command.split(), "--no-print-directory", "-n"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     lines = [shlex.split(line.split(" >")[0]) for line in recipe.splitlines() if line.startswith(".venv/bin/")]
     assert lines, recipe
     for program, *arguments in lines:
@@ -131,7 +151,9 @@ def test_a_target_of_make_runs_programs_and_modules_that_there_are(command: str)
 
 
 def test_the_audit_looks_at_what_is_installed_and_says_what_it_needs() -> None:
-    recipe = subprocess.run(["make", "--no-print-directory", "audit", "-n"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    recipe = subprocess.run(
+        ["make", "--no-print-directory", "audit", "-n"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     *_, install, audit = recipe.splitlines()
     assert "needs the package index" in install
     assert audit.startswith(".venv/audit/bin/pip-audit --path $(.venv/bin/python -c ")
@@ -143,13 +165,23 @@ def test_a_quick_command_works(command: str, folder: Path) -> None:
 
 
 @pytest.mark.hosts
-@pytest.mark.parametrize("command", only(JOBS))
+@pytest.mark.parametrize("command", jobs())
 def test_a_job_of_the_pages_trains_compressed(command: str, folder: Path) -> None:
     pytest.importorskip("deepspeed" if command.startswith("deepspeed") else "horovod.torch")
     text = run(command, folder)
     assert "5 tensors" not in text and "6 tensors" in text, f"no table of a compressed job in\n{text[-3000:]}"
     records = [json.loads(line) for line in (folder / "record/rank1.jsonl").read_text().splitlines()]
     assert records[-1]["kind"] == "end"
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if "--compression-set" in command])
+def test_the_settings_of_a_job_of_the_pages_are_valid(
+    command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    (name,) = re.findall(r"--compression (\S+)", command)
+    settings = re.findall(r"--compression-set (\S+)", command)
+    assert settings and cli.main(["show", name, *(word for setting in settings for word in ("--set", setting))]) == 0
 
 
 @pytest.mark.hosts

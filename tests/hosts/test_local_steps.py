@@ -35,7 +35,7 @@ def reports(request: pytest.FixtureRequest, horovodrun: Callable[..., Any], tmp_
             torchrun("local_steps.py", tmp_path, launcher=STOCK)
             _done[host] = _saved(tmp_path)
         else:
-            run = deepspeed("local_steps.py", tmp_path)
+            run = deepspeed("local_steps.py", tmp_path, launcher=False)
             assert run.returncode == 0, run.stdout[-20000:]
             _done[host] = _saved(tmp_path)
     return _done[host]

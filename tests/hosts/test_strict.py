@@ -35,7 +35,7 @@ def job(request: pytest.FixtureRequest, horovodrun: Callable[..., Any], tmp_path
             output = torchrun("strict.py", tmp_path, launcher=STOCK)
             _done[host] = _saved(tmp_path), output
         else:
-            done = deepspeed("strict.py", tmp_path)
+            done = deepspeed("strict.py", tmp_path, launcher=False)
             assert done.returncode == 0, done.stdout[-20000:]
             _done[host] = _saved(tmp_path), done.stdout
     return _done[host]

@@ -223,9 +223,12 @@ def test_a_run_is_read_without_its_warm_up(tmp_path: Path) -> None:
 def test_the_marks_of_the_benchmark_pages_belong_to_committed_sweeps_and_are_paired() -> None:
     sweeps = {path.stem.replace("_", "-") for path in Path(report.__file__).parent.glob("*.yaml")}
     for page in report.DOCS.glob("*.md"):
-        marks = re.findall(r"<!-- ([a-z0-9-]+):(begin|end) -->", page.read_text(encoding="utf-8"))
+        text = page.read_text(encoding="utf-8")
+        marks = re.findall(r"<!-- ([a-z0-9-]+):(begin|end) -->", text)
         names = [name for name, _ in marks[::2]]
         assert marks == [(name, end) for name in names for end in ("begin", "end")]
-        if page.stem in sweeps:
+        if page.stem in sweeps and not names:  # a part of a sweep, told by hand
+            assert f"compression-plugins bench launch/bench/{page.stem}.yaml" in " ".join(text.split())
+        elif page.stem in sweeps:
             named = {sweep for sweep in sweeps for name in names if name.startswith(f"{sweep}-")}
             assert page.stem in named and all(name.startswith(tuple(f"{sweep}-" for sweep in sweeps)) for name in names)

@@ -27,14 +27,23 @@ LONG = 2 * SHORT  # bytes
 TIMEOUT_S = 5
 
 
-def _run(rank: int, body: Callable[..., None], size: int, rendezvous: str) -> None:
+def _run(rank: int, size: int, folder: str) -> None:
+    """Every body of `WHOLE`, one after the other on the same group; each that ends leaves a file of its name."""
     torch.set_num_threads(1)
-    timeout = timedelta(seconds=60 if body in WHOLE else TIMEOUT_S)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timeout)
-    body(TorchDistributed())
-    if body in WHOLE:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    for body in WHOLE:
+        body(TorchDistributed())
         dist.barrier()
-        dist.destroy_process_group()
+        if rank == 0:
+            (Path(folder) / body.__name__).touch()
+    dist.destroy_process_group()
+
+
+def _run_broken(rank: int, body: Callable[..., None], rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=TIMEOUT_S)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2, timeout=timeout)
+    body(TorchDistributed())
 
 
 def _values(numel: int, rank: int, seed: int = 0) -> Tensor:
@@ -180,10 +189,21 @@ WHOLE = [
 BROKEN = [_a_rank_that_dies_before, _a_rank_that_dies_amid_a_message, _a_rank_that_never_comes]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
+def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], str]:
+    """Names of the bodies that have passed, and what stopped the one after them."""
+    folder, stopped = tmp_path_factory.mktemp("exchanges"), ""
+    try:
+        mp.spawn(_run, (request.param, str(folder)), nprocs=request.param)
+    except Exception as error:
+        stopped = str(error)
+    return {path.name for path in folder.iterdir()}, stopped
+
+
 @pytest.mark.parametrize("body", WHOLE, ids=lambda body: body.__name__[1:])
-def test_exchanges(body: Callable[..., None], size: int, tmp_path: Path) -> None:
-    mp.spawn(_run, (body, size, str(tmp_path / "rendezvous")), nprocs=size)
+def test_exchanges(body: Callable[..., None], ended: tuple[set[str], str]) -> None:
+    names, stopped = ended
+    assert body.__name__ in names, stopped
 
 
 @pytest.mark.parametrize("body", BROKEN, ids=lambda body: body.__name__[1:])
@@ -191,5 +211,5 @@ def test_a_rank_that_is_missing_is_an_error_within_the_timeout_of_the_group(
     body: Callable[..., None], tmp_path: Path
 ) -> None:
     began = time.monotonic()
-    mp.spawn(_run, (body, 2, str(tmp_path / "rendezvous")), nprocs=2)
+    mp.spawn(_run_broken, (body, str(tmp_path / "rendezvous")), nprocs=2)
     assert time.monotonic() - began < 30 + TIMEOUT_S

@@ -32,7 +32,7 @@ def watch(session: Session, parameters: Iterable[Tensor]) -> None:
     """
     known = {id(p) for p in parameters}
     seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-    mine = weakref.ref(session)
+    mine, read = weakref.ref(session), _reader(session)
 
     def begins(module: nn.Module, *_: Any) -> None:
         owner = mine()
@@ -40,7 +40,7 @@ def watch(session: Session, parameters: Iterable[Tensor]) -> None:
             return
         if module not in seen:
             seen.add(module)
-            module.register_state_dict_pre_hook(Notice(lambda: _read(mine)))
+            module.register_state_dict_pre_hook(Notice(read))
         begin_forward(owner, module)
 
     handle = register_module_forward_pre_hook(begins)
@@ -54,11 +54,11 @@ def after_this_backward(session: Session) -> None:
 
 def watch_parts(session: Session, module: nn.Module, evaluations: bool = True) -> None:
     """Tell `session` when `module` or a part of it is read by `state_dict()`, or by `evaluations` of its own."""
-    mine = weakref.ref(session)
+    read = _reader(session)
     for part in module.modules():
-        part.register_state_dict_pre_hook(Notice(lambda: _read(mine)))
+        part.register_state_dict_pre_hook(Notice(read))
         if evaluations and (part is module or not hasattr(module, "_orig_mod")):  # compiled ones stay in one piece
-            part.register_forward_pre_hook(Notice(lambda: _read(mine), evaluations=True))
+            part.register_forward_pre_hook(Notice(read, evaluations=True))
 
 
 class Notice:
@@ -80,11 +80,20 @@ class Notice:
         return Notice, ()
 
 
-@torch.compiler.disable
-def _read(session: weakref.ref[Session]) -> None:
-    owner = session()
-    if owner is not None:
-        owner.before_read()
+def _reader(session: Session) -> Callable[[], None]:
+    """`session.before_read`, which does not keep the session alive, and which `torch.compile` leaves as it is.
+
+    Not a decorated function of this module: `torch.compiler.disable` imports the compiler, which takes seconds, and
+    `horovodrun` imports Horovod's adapter only to ask what Horovod was built with.
+    """
+    mine = weakref.ref(session)
+
+    def read() -> None:
+        owner = mine()
+        if owner is not None:
+            owner.before_read()
+
+    return torch.compiler.disable(read)
 
 
 def withhold(optimizer: Any) -> None:

@@ -15,7 +15,7 @@ Ranks = list[dict[str, Any]]
 
 
 def run(folder: Path, *cases: str, ranks: int) -> tuple[Ranks, str]:
-    job = deepspeed("behaviour.py", folder, *cases, ranks=ranks, timeout=280)
+    job = deepspeed("behaviour.py", folder, *cases, ranks=ranks, launcher=False)
     assert job.returncode == 0, job.stdout[-20000:]
     found = [json.loads((folder / f"found{rank}.json").read_text()) for rank in range(ranks)]
     for rank in found:

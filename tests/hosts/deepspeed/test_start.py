@@ -75,7 +75,7 @@ REFUSALS = {
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory):
     folder = tmp_path_factory.mktemp("refusals")
-    job = deepspeed("refusals.py", folder)
+    job = deepspeed("refusals.py", folder, launcher=False)
     assert job.returncode == 0, job.stdout[-20000:]
     return [json.loads((folder / f"errors{rank}.json").read_text()) for rank in range(2)]
 

@@ -79,6 +79,8 @@ def horovodrun() -> Callable[..., Job]:
         timeout: float = 150,
         **environment: str,
     ) -> Job:
+        if "--min-np" not in flags:  # which means Gloo anyway
+            flags = ("--gloo", *flags)  # else Horovod imports itself once more, in seconds, to look for MPI
         command = [*launcher, *flags, "-np", str(np), sys.executable, str(SCRIPTS / script), *arguments]
         job = start(command, timeout, **environment)
         if status is not None:
