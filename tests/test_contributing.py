@@ -20,6 +20,7 @@ EXAMPLES = [
         re.MULTILINE | re.DOTALL,
     )
 ]
+pytestmark = pytest.mark.nightly
 PACKAGE, KERNELS = "compression_plugins", "triton_kernels"
 CUT = "import torch\n\n\ndef clip(x, bound, out):\n    torch.clamp(x.float(), -bound, bound, out=out)\n"
 #: File -> (where its example begins, what else stands in it).
@@ -98,7 +99,6 @@ def run(house: Path, *command: str | Path, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.nightly
 def test_the_scheme_keeps_the_laws(house: Path) -> None:
     assert "toy " in run(house, "-m", PACKAGE, "schemes")
     laws = run(house, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/laws", "-k", "toy")

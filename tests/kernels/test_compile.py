@@ -9,7 +9,8 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.nightly), 90])
+@pytest.mark.nightly
+@pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_and_keep_every_rounding(capability):
     """An FMA skips a rounding that the CPU makes: codes and residuals would differ in the last bit."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -114,7 +114,7 @@ def test_a_rank_without_the_plugin_is_named_within_the_time_out(tmp_path):
         "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
         "communication_compression": {"scheme": "scalecom"},
     }))  # fmt: skip
-    job = deepspeed("absent.py", *arguments, environment=environment)
+    job = deepspeed("absent.py", *arguments, environment=environment, launcher=False)
     assert job.returncode != 0
     assert "rank 1 did not answer within 5 s" in job.stdout
     assert "compression-plugins is not installed there" in job.stdout

@@ -9,7 +9,7 @@ REMEMBER = ("topk", "scalecom", "powersgd", "ef_signsgd", "marsit")
 SIGNS = ("signsgd", "ssdm", "cascading_ssdm", "ef_signsgd", "marsit")
 #: Thousands of small steps: Horovod looks for work more often than once in a millisecond, and a hang ends the job.
 FAST = {
-    "HOROVOD_CYCLE_TIME": "0.2",
+    "HOROVOD_CYCLE_TIME": "0.5",
     "HOROVOD_STALL_CHECK_TIME_SECONDS": "5",
     "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "20",
 }

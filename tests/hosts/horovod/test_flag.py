@@ -60,6 +60,7 @@ def test_keeping_every_value_trains_as_dense_does(horovodrun: Callable[..., Any]
         torch.testing.assert_close(compressed[name], weight, rtol=0, atol=1e-6)
 
 
+@pytest.mark.nightly
 def test_scheme_none_leaves_horovods_own_path(horovodrun: Callable[..., Any], dense: Any) -> None:
     job = horovodrun("--compression", "none")
     assert [r["compressor"] for r in job.results] == ["NoneCompressor"] * 2
@@ -84,6 +85,7 @@ def test_the_scripts_own_compression_wins_and_is_named(horovodrun: Callable[...,
     assert "the script's own compression" in job.output and "'scalecom'" in job.output
 
 
+@pytest.mark.nightly
 def test_one_rank_is_told_that_nothing_is_compressed(horovodrun: Callable[..., Any]) -> None:
     job = horovodrun("--compression", "scalecom", np=1)
     assert "one rank only; nothing is communicated or compressed" in job.output and len(job.results) == 1
