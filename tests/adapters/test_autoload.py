@@ -178,3 +178,13 @@ def test_torch_finds_the_door() -> None:
     assert done.returncode == 0 and done.stdout.split()[1] == "1", (
         f"torch loads no backends: {done.stdout}{done.stderr}"
     )
+
+
+def test_joining_horovod_imports_no_compiler() -> None:
+    """`horovodrun` imports Horovod twice before it starts a job, to ask what it was built with."""
+    pytest.importorskip("horovod.torch")
+    program = "import sys, horovod.torch\n"
+    program += "print('compression_plugins.adapters.horovod.optimizer' in sys.modules, 'torch._dynamo' in sys.modules)"
+    environment = {**os.environ, "COMPRESSION_PLUGINS_CONFIG": '{"scheme": "scalecom"}'}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["True", "False"], done.stdout + done.stderr
