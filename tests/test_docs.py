@@ -46,8 +46,8 @@ QUICK = (
     "compression-plugins advise",
     "compression-plugins rates",
     "compression-plugins bench launch/bench/crossover.yaml --dry-run",
-    "python -m launch",
 )
+SERVERS = ("python -m launch.parameter_server ",)
 JOBS = ("horovodrun ", "deepspeed ", "compression-plugins horovodrun ")
 DDP_JOBS = ("compression-plugins torchrun ", "env COMPRESSION_PLUGINS_CONFIG")
 #: One of each kind; the others differ in schemes and settings, and all flags have their tests in tests/hosts.
@@ -63,10 +63,10 @@ SITE = ROOT / "tests/hosts/deepspeed/site"
 
 def jobs(prefixes: tuple[str, ...]) -> list[Any]:
     """The jobs of the pages: all of them nightly, those of `EVERY_CHANGE` with `make test` as well."""
-    marks: dict[str, Any] = {
-        command: () if command in EVERY_CHANGE else pytest.mark.nightly for command in only(prefixes)
-    }
-    return [pytest.param(command, marks=mark) for command, mark in marks.items()]
+    return [
+        pytest.param(command, marks=() if command in EVERY_CHANGE else pytest.mark.nightly)
+        for command in only(prefixes)
+    ]
 
 
 def blocks(*languages: str) -> list[tuple[str, str]]:
@@ -126,7 +126,7 @@ def run(command: str, folder: Path) -> str:
 
 def test_every_command_of_the_pages_is_run_somewhere() -> None:
     assert len(commands()) > 10
-    run_here = {*only(QUICK), *only(JOBS), *only(DDP_JOBS), *GUARDED, *TARGETS}
+    run_here = {*only(QUICK), *only(SERVERS), *only(JOBS), *only(DDP_JOBS), *GUARDED, *TARGETS}
     assert [line for line in commands() if line not in run_here] == []
     taught = commands()
     assert [line for line in (*GUARDED, *TARGETS, *EVERY_CHANGE) if line not in taught] == [], "no page teaches these"
@@ -164,7 +164,7 @@ def test_the_audit_looks_at_what_is_installed_and_says_what_it_needs() -> None:
     assert audit.startswith(".venv/audit/bin/pip-audit --path $(.venv/bin/python -c ")
 
 
-@pytest.mark.parametrize("command", only(QUICK))
+@pytest.mark.parametrize("command", [*only(QUICK), *jobs(SERVERS)])
 def test_a_quick_command_works(command: str, folder: Path) -> None:
     assert run(command, folder)
 

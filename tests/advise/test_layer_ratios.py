@@ -103,6 +103,7 @@ def test_a_model_that_fails_is_one_error_and_keeps_its_mode() -> None:
         scalecom_ratios(3, torch.zeros(3))  # type: ignore[arg-type]
 
 
+@pytest.mark.nightly
 def test_the_command_prints_rules_and_refuses_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(
         "import torch\ndef example(): return torch.nn.Linear(64, 64), torch.zeros(32, 64)\ndef wrong(): return 3\n"

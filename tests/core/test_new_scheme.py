@@ -107,6 +107,7 @@ def test_one_file_and_one_yaml_reach_the_lists_the_laws_and_the_benchmark(house:
     assert "\ntoy " in run(house, *bench)
 
 
+@pytest.mark.nightly
 def test_its_step_hook_reaches_the_session_of_every_host(house: Path) -> None:
     once = ["forward", "backward"]
     log = ["weight", *once, "step 0", *once, "step 1"]

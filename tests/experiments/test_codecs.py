@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from compression_plugins.schemes import registry
 
 from .quick import run_quick
 
 
+@pytest.mark.nightly
 def test_every_scheme_is_measured_on_two_and_eight_ranks(tmp_path: Path) -> None:
     headline, records = run_quick("codecs", tmp_path)
     assert "of the bytes bound" in headline

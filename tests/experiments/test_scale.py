@@ -9,6 +9,7 @@ import pytest
 from .quick import run_quick
 
 
+@pytest.mark.nightly
 def test_every_topology_is_predicted_and_training_needs_no_more_than_the_workers(tmp_path: Path) -> None:
     headline, records = run_quick("scale", tmp_path)
     assert "32 ranks" in headline

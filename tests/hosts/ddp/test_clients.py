@@ -17,7 +17,10 @@ CLIENTS = {
 FLAGS = ["--compression", "ef_signsgd", "--compression-set", "min_numel=0"]
 
 
-@pytest.mark.parametrize("client", CLIENTS)
+NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("accelerate", "lightning")]
+
+
+@pytest.mark.parametrize("client", ["transformers", *NIGHTLY])
 def test_an_unmodified_client_trains_compressed(client):
     if importlib.util.find_spec(client) is None:
         pytest.skip(f"{client} is not installed")
