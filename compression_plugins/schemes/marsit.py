@@ -135,7 +135,8 @@ class Marsit(Scheme):
         zero. One scale would hold until the next flush and be that of the first small gradient, so it is taken several
         times. The other tensors keep theirs.
         """
-        means = yield call.transport.all_reduce(_means(p, call))
+        waits = [not eta.is_cpu or bool(eta[1]) for eta in etas]  # of the flush's sums, so the same on every rank
+        means = yield call.transport.all_reduce(_means(p, call, waits))
         for eta, mean in zip(etas, means.div_(call.transport.size)):
             eta[0].copy_(mean.where(healthy & (eta[1] > 0), eta[0]))
 
@@ -180,10 +181,12 @@ class Marsit(Scheme):
         return K.bit_merge(received, own, a, b, key)
 
 
-def _means(p: Tensor, call: Call) -> Tensor:
-    """Mean |p| of each tensor, fp32 [segments]."""
-    sizes = [segment.numel for segment in call.segments]
-    return torch.stack([part.abs().mean() for part in p.split(sizes)]) if sizes else p.new_empty(0)
+def _means(p: Tensor, call: Call, wanted: Sequence[bool] | None = None) -> Tensor:
+    """Mean |p| of each tensor, fp32 [segments]; 0 in the place of those that are not wanted, which are not read."""
+    parts = p.split([segment.numel for segment in call.segments])
+    wanted = wanted or [True] * len(parts)
+    means = [part.abs().mean() if want else p.new_zeros(()) for part, want in zip(parts, wanted)]
+    return torch.stack(means) if means else p.new_empty(0)
 
 
 def _apply(bits: Tensor, healthy: Tensor, residual: Tensor, etas: list[Tensor], call: Call, out: Tensor) -> Tensor:
