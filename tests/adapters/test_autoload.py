@@ -186,5 +186,5 @@ def test_joining_horovod_imports_no_compiler() -> None:
     program = "import sys, horovod.torch\n"
     program += "print('compression_plugins.adapters.horovod.optimizer' in sys.modules, 'torch._dynamo' in sys.modules)"
     environment = {**os.environ, "COMPRESSION_PLUGINS_CONFIG": '{"scheme": "scalecom"}'}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=environment)
     assert done.stdout.split() == ["True", "False"], done.stdout + done.stderr

@@ -30,7 +30,8 @@ TIMEOUT_S = 5
 def _run(rank: int, size: int, folder: str) -> None:
     """Every body of `WHOLE`, one after the other on the same group; each that ends leaves a file of its name."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    where, timeout = f"file://{folder}/rendezvous", timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size, timeout=timeout)
     for body in WHOLE:
         body(TorchDistributed())
         dist.barrier()
