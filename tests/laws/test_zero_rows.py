@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compression_plugins.core.call import Segment
-from compression_plugins.engine.marks import marks_bits, rows_of
+from compression_plugins.engine.marks import _zero_rows, marks_bits, rows_of
 from compression_plugins.engine.plan import Bucket, Plan
 
 from ..world import World, config
@@ -155,3 +155,14 @@ def test_an_empty_tensor_may_share_a_bucket_with_others(name: str, variant: dict
             if name in SAME_DRAWS:
                 assert torch.equal(result, plain)
         assert world.memory().isfinite().all()
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 100])
+def test_one_element_anywhere_in_the_gradient_or_the_memory_makes_a_row_count(length: int) -> None:
+    """On a CPU a row is judged by a few of its elements first; the others decide all the same."""
+    rows = ((0, length + 1, length),)
+    lone = torch.cat([torch.eye(length), torch.zeros(1, length)]).flatten()  # element i of row i, and a row of zeros
+    expected = [False] * length + [True]
+    nothing = torch.zeros_like(lone)
+    for gradient, memory in ((lone, None), (lone, nothing), (nothing, lone)):
+        assert _zero_rows(gradient, memory, rows).tolist() == expected
