@@ -88,12 +88,12 @@ def _zero_rows(x: Tensor, residual: Tensor | None, rows: Sequence[tuple[int, int
         if not x.is_cpu:
             found.append(torch.stack([(block == 0).all(1) for block in blocks]).all(0))
             continue
-        zero = torch.ones(count, dtype=torch.bool)
-        middles = [block[:, length // 2 : length // 2 + 1] for block in blocks]  # of each row one cache line
-        samples = [block[:, :: max(1, length // _SAMPLE)] for block in blocks]
-        for part in (*middles, *samples, *blocks):
-            places = zero.nonzero().flatten()
-            if len(places):
-                zero[places] = (part[places] == 0).all(1)
+        zero = blocks[0][:, length // 2] == 0  # of each row one cache line
         found.append(zero)
+        if not zero.any():
+            continue
+        samples = [block[:, :: max(1, length // _SAMPLE)] for block in blocks]
+        for part in (*samples, *blocks):
+            places = zero.nonzero().flatten()
+            zero[places] = (part[places] == 0).all(1)
     return torch.cat(found)

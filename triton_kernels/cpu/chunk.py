@@ -52,9 +52,14 @@ def _first(bits, top):
 
 
 @jit()
-def _remember(x, r, decay):
-    for i in range(x.size):
-        r[i] = decay * r[i] + x[i]
+def _remember(x, old, new, decay, apart):
+    """Two loops, since one over arrays that may be the same memory would not vectorise."""
+    if apart:
+        for i in range(x.size):
+            new[i] = decay * old[i] + x[i]
+    else:
+        for i in range(x.size):
+            new[i] = decay * new[i] + x[i]
 
 
 @jit()
@@ -63,7 +68,7 @@ def _chunks(
 ):  # fmt: skip
     x, indices, values = floats(x_at, numel), signed32(indices_at, chunks), floats(values_at, chunks)
     memory, new, alpha, decay, sent = memory_of(numel, r_at, updated_at, alpha64, decay64, sent64)
-    remembers = r_at != 0
+    remembers, apart = r_at != 0, r_at != updated_at
     group = max(1, GROUP // chunk)
     buffer = np.empty(min(group * chunk, numel) if remembers else 0, np.float32)
     for first in range(0, chunks, group):
@@ -71,13 +76,11 @@ def _chunks(
         base = first * chunk
         g = x[base : min(last * chunk, numel)]
         p = g
-        r = new[base : base + g.size]
+        old, r = memory[base : base + g.size], new[base : base + g.size]
         if remembers:
-            if r_at != updated_at:
-                copy(memory, new, base, g.size)  # in the cache from here on, and updated in place
             p = buffer[: g.size]
             for i in range(g.size):
-                p[i] = g[i] + alpha * r[i]
+                p[i] = g[i] + alpha * old[i]
         bits = p.view(np.int32)
         finite = True
         for c in range(first, last):
@@ -97,13 +100,15 @@ def _chunks(
         if not remembers:
             continue
         if finite:
-            _remember(g, r, decay)
+            _remember(g, old, r, decay, apart)
         for c in range(first, last):
             start = c * chunk - base
             stop = min(start + chunk, g.size)
             if np.isnan(values[c]):
+                if apart:
+                    copy(old, r, start, stop - start)
                 continue
             if not finite:
-                _remember(g[start:stop], r[start:stop], decay)
+                _remember(g[start:stop], old[start:stop], r[start:stop], decay, apart)
             if 0 <= indices[c] < stop - start:
                 r[start + indices[c]] -= sent * values[c]
