@@ -37,6 +37,7 @@ EXPERIMENTS = {
     "marsit-k": "launch.experiments.marsit.k",
     "codecs": "launch.experiments.codecs",
     "scale": "launch.experiments.scale",
+    "levels": "launch.experiments.levels",
     "parity": "launch.experiments.parity.accuracy",
 }
 PAGES = Path(__file__).parents[1] / "docs"

@@ -81,6 +81,13 @@ class OrderedTransport(LocalTransport):
         use = root._scopes[name] = root._scopes.get(name, 0) + 1
         return OrderedTransport(self.world, self.rank, self._answers, f"{name}#{use}", root)
 
+    def subgroup(self, ranks: Sequence[int]) -> LocalTransport:
+        with self.world.lock:
+            if tuple(sorted(ranks)) not in self.world.groups:
+                seed = None if self._answers is None else self._answers.randrange(1000)
+                self.world.groups[tuple(sorted(ranks))] = OrderedWorld(len(ranks), seed, self.world.ordered)
+            return super().subgroup(ranks)
+
     def _post(self, kind: str, x: Tensor, argument: object = None) -> _OrderedHandle:  # type: ignore[override]
         world, operation = self.world, (self._name, kind, x.numel(), str(x.dtype))
         with world.lock:

@@ -120,6 +120,8 @@ def _advise(
     rows = []
     for label, config in candidates.items():
         try:
+            if config.levels is not None:
+                raise UnsupportedError("levels: two levels are not predicted")
             config.check_ranks(network.size)
         except UnsupportedError as error:
             rows.append(Row(label, config, None, note=str(error)))

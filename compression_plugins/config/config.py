@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
-from ..errors import ConfigError, nearest, shown
+from ..errors import ConfigError, UnsupportedError, nearest, shown
 from ..optimizer.directions import GRADIENT, KINDS, Direction
 from ..schemes import registry
 from ..schemes.base import Scheme
@@ -77,6 +77,11 @@ class Settings(BaseModel):
     on_nonfinite: Literal["pass", "raise", "skip"] = Field(
         "pass",
         description="of a gradient that is not finite: pass it on as the host does, end the job, or skip the step",
+    )
+    levels: Annotated[int, Field(ge=2, le=65536)] | Literal["node"] | None = Field(
+        None,
+        description="the ranks of a node average dense first, and compressed across nodes; node: ranks that share a "
+        "host, or how many follow each other",
     )
     direction: SerializeAsAny[Direction] = Field(
         GRADIENT, description="what travels: a word, or a mapping of `kind` and its parameters; `optimizer.directions`"
@@ -143,6 +148,20 @@ class Config(Settings):
         return self.verify or self.check_every > 0 or self.on_nonfinite != "pass"
 
     def check_ranks(self, size: int) -> None:
+        """Raises `UnsupportedError` if a scheme cannot run on `size` ranks, or they cannot be divided into nodes. Where
+        nodes are hosts, how many meet is known in the job only.
+        """
+        if self.levels == "node":
+            return
+        if self.levels is not None and size > 1 and size % self.levels:
+            valid = [str(node) for node in range(2, size + 1) if size % node == 0]
+            raise UnsupportedError(
+                f"levels: {self.levels}: {size} ranks cannot be divided into nodes of {self.levels}; valid: "
+                f"{', '.join(valid)}, or node"
+            )
+        self.check_schemes(max(1, size // (self.levels or 1)))
+
+    def check_schemes(self, size: int) -> None:
         """Raises `UnsupportedError` if a scheme cannot run on `size` ranks."""
         for scheme in (self.scheme, *(rule.scheme for rule in self.rules)):
             scheme.check_ranks(size)

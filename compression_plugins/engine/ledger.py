@@ -21,10 +21,11 @@ class Ledger:
         size: ranks.
         period: steps after which traffic repeats itself.
         every: steps between exchanges; 1: gradients travel in each.
+        node: ranks that average among themselves first.
     """
 
-    def __init__(self, size: int, period: int, every: int) -> None:
-        self._size, self._period, self._every = size, period * every, every
+    def __init__(self, size: int, period: int, every: int, node: int = 1) -> None:
+        self._size, self._period, self._every, self._node = size, period * every, every, node
         self._open: Counter[Bucket] = Counter()  # of the step, or of the period, that is not over
         self._uses: Counter[Bucket] = Counter()
         self._of_period: Counter[Bucket] = Counter()
@@ -82,7 +83,7 @@ class Ledger:
         )
 
     def _promise(self, bucket: Bucket) -> float:
-        return bucket.wire_bytes(self._size)
+        return bucket.wire_bytes(self._size, self._node)
 
     def _often(self, bucket: Bucket, reductions: int) -> str:
         often = self.uses[bucket] / self.steps * self._every

@@ -6,9 +6,9 @@ import hashlib
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from ..config import Config
@@ -17,6 +17,7 @@ from ..errors import nearest
 from ..optimizer.directions import GRADIENT, Direction
 from ..schemes.base import NoCompression, Scheme
 from .marks import marks_bits
+from .parts import part_of
 
 _BUCKETS, _SMALLEST_MB, _LARGEST_MB = 4, 2.0, 25.0  # of `bucket_mb: auto`
 #: Bytes of an element; kernels compute in fp32, so wider tensors travel as they are.
@@ -82,22 +83,46 @@ class Bucket:
         role = "" if self.role == "gradient" else f"{self.role}/"
         return zlib.crc32(role.encode() + "\n".join(f"{s.name}@{s.start}" for s in self.segments).encode())
 
-    def wire_bytes(self, size: int) -> float:
-        """Bytes that each of `size` ranks sends to average this bucket once, the mean over ranks and steps."""
+    def wire_bytes(self, size: int, node: int = 1) -> float:
+        """Bytes that each of `size` ranks sends to average this bucket once, the mean over ranks and steps.
+
+        Args:
+            node: ranks that average among themselves first (`levels`).
+        """
         if not self.numel:
             return 0.0
+        share = self.direction.exact_share
+        if node == 1 or self.scheme.host_dense:
+            bits = self._compressed_bits(size)
+        else:
+            bits = part(self, node, 0)._compressed_bits(size // node) if size > node else 0.0
+        coded = (1 - share) * bits / 8 + self.inside_bytes(node)
+        return coded + share * NoCompression().wire_bits(self.segments, size) / 8
+
+    def inside_bytes(self, node: int) -> float:
+        """The bytes of these that do not leave the rank's node: a reduce-scatter and an all-gather, dense."""
+        if node == 1 or self.scheme.host_dense:
+            return 0.0
+        return (1 - self.direction.exact_share) * 8 * part(self, node, 0).numel * (node - 1)
+
+    def _compressed_bits(self, size: int) -> float:
         bits = (self.scheme.scatter_bits if self.sharded else self.scheme.wire_bits)(self.segments, size)
         if self.scheme.host_dense and not self.direction.formed:
             bits *= _BYTES.get(self.dtype, 4) / 4
         if not self.scheme.says_zero:
             bits += marks_bits(self.segments, size)
-        share = self.direction.exact_share
-        return ((1 - share) * bits + share * NoCompression().wire_bits(self.segments, size)) / 8
+        return bits
 
     def dense_bytes(self, size: int) -> float:
         """The same for a dense ring in the tensors' own dtype."""
         rounds = 1 if self.host_scatters else 2
         return rounds * self.numel * _BYTES.get(self.dtype, 4) * (size - 1) / size
+
+
+@lru_cache(maxsize=4096)
+def part(bucket: Bucket, node: int, index: int) -> Bucket:
+    """The bucket of what the rank number `index` of a node owns of `bucket`."""
+    return replace(bucket, segments=tuple(part_of(segment, node, index) for segment in bucket.segments))
 
 
 @dataclass(frozen=True)
@@ -107,38 +132,49 @@ class Plan:
     buckets: tuple[Bucket, ...]
     rows: tuple[Row, ...]
 
-    @property
-    def memory_bytes(self) -> int:
+    def memory_bytes(self, node: int = 1) -> int:
         """Bytes that residuals and the moments of a direction take on each rank: fp32, as the last step left them and
-        as the running one makes them.
+        as the running one makes them. Of residuals each rank of a node has its part.
         """
-        return sum(8 * b.numel * (b.direction.moments + (b.scheme.memory is not None)) for b in self.buckets)
+        return sum(
+            8 * bucket.numel * bucket.direction.moments
+            + (8 * part(bucket, node, 0).numel if bucket.scheme.memory else 0)
+            for bucket in self.buckets
+        )
 
-    def table(self, size: int, every: int = 1) -> str:
+    def table(self, size: int, every: int = 1, node: int = 1) -> str:
         """What is compressed, how, what `size` ranks will send, and what is not compressed and why; for the log at
         start-up.
 
         Args:
             every: steps that ranks take by themselves between exchanges, which are of weights then; 1: none.
+            node: ranks that average among themselves first.
         """
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
             groups.setdefault((describe(row.scheme), row.reason), []).append(row)
-        exchange = sum(bucket.wire_bytes(size) for bucket in self.buckets)
+        exchange = sum(bucket.wire_bytes(size, node) for bucket in self.buckets)
         sent = exchange / every
         rounds = f" ({exchange / 1e6:.3f} MB of weights every {every} steps)" if every > 1 else ""
         dense = sum(bucket.dense_bytes(size) for bucket in self.buckets)
         ratio = f", {dense / sent:.1f}x fewer than dense" if sent else ""
-        memory = f", {self.memory_bytes / 1e6:.3f} MB of memory" if self.memory_bytes else ""
+        memory = f", {self.memory_bytes(node) / 1e6:.3f} MB of memory" if self.memory_bytes(node) else ""
         lines = [
             f"{len(self.rows)} tensors, {sum(r.numel for r in self.rows):,} values, {len(self.buckets)} buckets, "
             f"{sent / 1e6:.3f} MB per step and rank{rounds}{ratio}{memory}"
         ]
+        if node > 1:
+            across = sum(bucket.wire_bytes(size, node) - bucket.inside_bytes(node) for bucket in self.buckets) / every
+            lines.append(
+                f"  levels: {size // node} nodes of {node} ranks, {across / 1e6:.3f} MB per step and rank of it across "
+                "nodes, the rest dense inside them" if size > node else
+                f"  levels: all {node} ranks are of one node, inside which they average dense: nothing is compressed"
+            )  # fmt: skip
         for (scheme, reason), rows in groups.items():
             names = {row.name for row in rows}
             mine = [bucket for bucket in self.buckets if bucket.segments[0].name in names]
-            part = sum(bucket.wire_bytes(size) for bucket in mine) / every if not reason else 0.0
-            cost = f", {part / 1e6:.3f} MB" if part else ""
+            own = sum(bucket.wire_bytes(size, node) for bucket in mine) / every if not reason else 0.0
+            cost = f", {own / 1e6:.3f} MB" if own else ""
             some = f"{', '.join(r.name for r in rows[:3])}{', ...' if len(rows) > 3 else ''}"
             why = f" ({reason}: {some})" if reason else ""
             lines.append(f"  {scheme}: {len(rows)} tensors, {sum(r.numel for r in rows):,} values{cost}{why}")

@@ -26,7 +26,7 @@ def preload(config: Config, plan: Plan, rank: int, size: int, sharded: bool = Fa
     Args:
         sharded: as a reduce-scatter, the form that ZeRO uses, rather than an all-reduce.
     """
-    config = config.model_copy(update={"direction": GRADIENT})  # the others may begin with dense steps
+    config = config.model_copy(update={"direction": GRADIENT, "levels": None})  # others may begin with dense steps
     compressed = [replace(b, direction=GRADIENT) for b in plan.buckets if not b.scheme.host_dense]
     for scheme, device in dict.fromkeys((bucket.scheme, bucket.device) for bucket in compressed):
         lengths = {b.numel: b for b in compressed if (b.scheme, b.device) == (scheme, device)}

@@ -25,10 +25,12 @@ from ..triton_kernels import Key
 from .driver import Engine, Work
 from .health import Health
 from .ledger import Ledger
+from .levels import Levels
 from .marks import marked
+from .notice import warn
 from .plan import Bucket
 from .saved import STATE_VERSION
-from .state import CallSlots, State
+from .state import EVERY, CallSlots, State
 from .telemetry import Cosine, Counters, Telemetry
 
 _SAMPLES = 32  # elements of a tensor that are looked at before all of it is
@@ -52,6 +54,7 @@ class Reducer:
         step: optimizer steps done; survives a resume.
         engine: what runs the reductions.
         beside: bytes that a dense job would have sent in this step beside gradients, where those are compressed, too.
+        levels: the groups of a job of two levels; None in any other, and before `form_levels`.
         parameters: by name, for directions that look at them; a host shows whole ones only.
 
     Example, of one rank of a `torch.distributed` job::
@@ -82,6 +85,42 @@ class Reducer:
         self._dense = 0.0  # bytes that the host would have sent
         self._samples: dict[Bucket, Tensor] = {}
         self._cosine = Cosine()
+        self.levels: Levels | None = None
+        self._formed, self._saved_node = False, EVERY
+
+    def form_levels(self, device: torch.device | str = "cpu") -> None:
+        """Make the groups of ranks that `levels` asks for. Every rank calls it at the same time, before the first step.
+
+        Args:
+            device: of tensors that ranks may exchange.
+
+        Raises:
+            UnsupportedError: they cannot be made, or a scheme cannot run on so many nodes.
+        """
+        self._formed = True
+        if self.config.levels is not None and self.transport.size > 1:
+            levels = Levels(self.transport, self.config.levels, device)
+            self.config.check_schemes(self.transport.size if levels.node == 1 else levels.nodes)
+            if levels.node > 1:
+                self.levels = levels
+                self.ledger = Ledger(self.transport.size, _period(self.config), self.config.every, levels.node)
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """What a rank of a node remembers is its own part: where nodes have changed since, all begin anew."""
+        if self._saved_node not in (EVERY, self.node):
+            if self.transport.rank == 0:
+                warn(
+                    f"the state was saved by nodes of {self._saved_node} ranks, and these have {self.node}: what ranks "
+                    "had not sent yet is lost, the residuals start at zero"
+                )
+            self.state.load_state_dict({"vectors": {}, "tensors": {}})
+        self._saved_node = self.node
+
+    @property
+    def node(self) -> int:
+        """Ranks that average among themselves before they meet others; 1 where there are no levels."""
+        return 1 if self.levels is None else self.levels.node
 
     @property
     def warming(self) -> bool:
@@ -135,7 +174,7 @@ class Reducer:
         Raises:
             CompressionError: `flat`, `shards` or the configuration does not fit the bucket.
             UnsupportedError: a direction meets a second reduction of the bucket within one step, or shards where it
-                needs the whole average.
+                or `levels` needs the whole average.
         """
         if flat.shape != (bucket.numel,):
             raise CompressionError(
@@ -154,6 +193,11 @@ class Reducer:
             raise UnsupportedError(
                 f"direction: {bucket.direction.kind} needs the whole average on every rank, not a shard of it: use "
                 "direction: gradient, or an all-reduce"
+            )
+        if shards is not None and self.config.levels is not None:
+            raise UnsupportedError(
+                f"levels: {self.config.levels}: ranks of a node share out the whole average; where each rank keeps a "
+                "shard of it (ZeRO 1 to 3) remove the key"
             )
         if bucket.role == "gradient":
             self._dense += bucket.dense_bytes(self.transport.size)
@@ -229,7 +273,8 @@ class Reducer:
         """As of the last step that is done. Plain dicts, numbers and tensors; loads with
         `torch.load(..., weights_only=True)`. Differs on every rank.
         """
-        return {"version": STATE_VERSION, "step": self.step, "size": self.transport.size, **self.state.state_dict()}
+        own = {"version": STATE_VERSION, "step": self.step, "size": self.transport.size, "node": self.node}
+        return {**own, **self.state.state_dict()}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue, bit for bit, from `state_dict()` of the same rank; for another number of ranks use `reshard`
@@ -246,6 +291,9 @@ class Reducer:
         self.abort()
         self.step = int(saved["step"])
         self.state.load_state_dict(saved)
+        self._saved_node = saved.get("node", 1) if saved["vectors"] else EVERY
+        if self._formed:
+            self._check_parts()
 
     def _program(
         self,
@@ -283,22 +331,48 @@ class Reducer:
         )
         rounds = call.clock.round - direction.exact_rounds(call.clock.round)  # of the scheme itself
         scheme_call = replace(call, clock=call.clock._replace(round=rounds))
+        beside = 0.0
 
-        def run(x: Tensor, exact: bool) -> Reduction:
-            own = NoCompression() if exact else scheme
-            result = yield from _average(own, x, scheme_call)
+        def average(own: Scheme, x: Tensor, call: Call) -> Reduction:
+            result = yield from _average(own, x, call)
             if direction.shared and own.memory:
                 restore_unless(finite(result), call.residual())  # also where the bad gradient was another rank's
+            return result
+
+        def run(x: Tensor, exact: bool) -> Reduction:
+            nonlocal beside
+            own = NoCompression() if exact else scheme
+            if self.levels is None or own.host_dense:
+                return (yield from average(own, x, scheme_call))
+            across = partial(self._across, self.levels.part(bucket), scheme_call, partial(average, own))
+            result, beside = yield from self.levels.mean(bucket, x, across)
             return result
 
         try:
             program = direction.mean(flat, call, run)
             result = yield from (around(program, call) if around else program)
             if not self.warming:
-                self.ledger.book(bucket, view.typical - before, shards is not None)
+                self.ledger.book(bucket, view.typical - before + beside, shards is not None)
             if sample is not None:
                 self._cosine.add(result, (yield view.all_reduce(sample)))
             return result
+        finally:
+            slots.close()
+
+    def _across(
+        self, part: Bucket, call: Call, average: Callable[[Tensor, Call], Reduction], x: Tensor, transport: Transport
+    ) -> Reduction:
+        """`x`, the node's mean of what this rank owns of a bucket, averaged over nodes."""
+        absent = self._zero_tensors(part, x) if x.is_cpu and not part.direction.shared else call.absent
+        slots = CallSlots(self.state, part, part.role, absent, parts=True)
+        key = call.key._replace(tensor=part.id, rank=transport.rank)
+        try:
+            return (yield from average(
+                x,
+                replace(
+                    call, transport=transport, key=key, segments=part.segments, state=slots, absent=absent, weights=None
+                ),
+            ))  # fmt: skip
         finally:
             slots.close()
 

@@ -162,8 +162,9 @@ class Session:
     def preload(self, rank: int, size: int, sharded: bool = False) -> None:
         """Compile and load what the first steps will run, before they do; refuse what cannot run on `size` ranks."""
         self.config.check_ranks(size)
-        if size > 1:
-            preload(self.config, self.plan, rank, size, sharded)
+        node = self.config.levels if isinstance(self.config.levels, int) else 1
+        if size > node:
+            preload(self.config, self.plan, rank // node, size // node, sharded)
 
     def check_optimizer(self, optimizer: Any) -> None:
         """Call before `optimizer`, which holds parameters of this session, takes its first step.
@@ -218,8 +219,10 @@ class Session:
 
     def announce(self, where: str = "") -> None:
         """Say what will happen, where a host does so before it knows every model of the job."""
+        device = next((p.device for p in self.parameters.values()), "cpu")
+        self.reducer.form_levels(device)
         if self._tally.speaks:
-            table = self.plan.table(self.reducer.transport.size, self.config.every)
+            table = self.plan.table(self.reducer.transport.size, self.config.every, self.reducer.node)
             of = f" of direction {self.config.direction.kind}" if self.config.direction.formed else ""
             announce(f"{self.host}: {self.config.scheme.name}{of} on {self._tally.ranks}{where}, {table}")
 
@@ -231,7 +234,8 @@ class Session:
         if self._makes_hooks:
             self.hooks += self._hooks_of(more)
         if self._tally.speaks:
-            announce(f"{self.host}: new parameters, {more.table(self.reducer.transport.size, self.config.every)}")
+            table = more.table(self.reducer.transport.size, self.config.every, self.reducer.node)
+            announce(f"{self.host}: new parameters, {table}")
 
     def _hooks_of(self, plan: Plan) -> list[StepHook]:
         chosen: dict[Any, dict[str, Tensor]] = {}

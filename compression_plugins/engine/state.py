@@ -14,6 +14,8 @@ from ..errors import CompressionError
 from .plan import Bucket
 
 _RESIDUAL = "residual"
+#: `node` of a state that ranks may load whatever nodes they make: each holds all elements.
+EVERY = 0
 
 
 class Elements:
@@ -70,6 +72,17 @@ class Elements:
                 rest = high
         if rest < start + values.numel():
             self.pieces.setdefault(name, {})[rest] = values[rest - start :].clone()
+
+    def narrow(self, segments: Sequence[Segment]) -> None:
+        """Keep nothing of the parameters of `segments` but these elements."""
+        for segment in segments:
+            for start, piece in list(self.pieces.get(segment.name, {}).items()):
+                low, high = max(start, segment.start), min(start + piece.numel(), segment.start + segment.numel)
+                if (low, high) != (start, start + piece.numel()):
+                    del self.pieces[segment.name][start]
+                    if low < high:
+                        self.pieces[segment.name][low] = piece[low - start : high - start].clone()
+                    self.flats = {k: f for k, f in self.flats.items() if not any(s.name == segment.name for s in k)}
 
     def all(self) -> list[Tensor]:
         """Every piece of every parameter."""
@@ -185,6 +198,11 @@ class State:
         """fp32 [bucket.numel] called `slot`, before and after a reduction; see `Undoable.of`."""
         return self._vectors.setdefault(slot, Undoable()).of(bucket, copy)
 
+    def narrow(self, slot: str, bucket: Bucket) -> None:
+        """Keep nothing of the parameters of `bucket` in `slot` but its elements."""
+        if slot in self._vectors:
+            self._vectors[slot].kept.narrow(bucket.segments)
+
     def kept(self, bucket: Bucket, slot: str = _RESIDUAL) -> Tensor:
         """What stands in `slot` since the last commit; fp32 [bucket.numel]."""
         return self._vectors.setdefault(slot, Undoable()).kept.of(bucket)
@@ -253,10 +271,13 @@ class CallSlots:
     """The state of one bucket for one reduction, as `core.call.Slots` describes it.
 
     For absent parameters a scheme finds zeros, and what it adds to them is added to what was there.
+
+    Args:
+        parts: the bucket is all that this rank is to remember of its parameters; a loaded state may hold more.
     """
 
-    def __init__(self, state: State, bucket: Bucket, role: Role, absent: frozenset[str]) -> None:
-        self._state, self._bucket = state, bucket
+    def __init__(self, state: State, bucket: Bucket, role: Role, absent: frozenset[str], parts: bool = False) -> None:
+        self._state, self._bucket, self._parts = state, bucket, parts
         self._prefix = "" if role == "gradient" else f"{role}/"
         self._vectors: dict[str, Vector] = {}
         self._aside: dict[str, list[tuple[slice, Tensor]]] = {}
@@ -290,6 +311,8 @@ class CallSlots:
         key = self._prefix + (slot if peer is None else f"{slot}@{peer}")
         vector = self._vectors.get(key)
         if vector is None:
+            if self._parts:
+                self._state.narrow(key, self._bucket)
             vector = self._vectors[key] = self._state.vector(key, self._bucket, copy)
             if self._absent:
                 self._aside[key] = [(place, vector.old[place].clone()) for place in self._absent]
@@ -304,9 +327,9 @@ def reshard(saved: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One state for every rank of a new world, from the states of all ranks of the old one.
 
     Each rank gets the mean of the old residuals: what is still owed to the averaged update stays the same whatever the
-    number of ranks. (Handing out equal parts of their *sum* would scale it by the change of that number.) Other
-    memories of one value for each element are averaged alike; named tensors are those of the first rank. Step hooks
-    begin anew.
+    number of ranks. (Handing out equal parts of their *sum* would scale it by the change of that number.) Where each
+    rank of a node has its own part (`levels`), it is the mean over those that have it. Other memories of one value for
+    each element are averaged alike; named tensors are those of the first rank. Step hooks begin anew.
 
     Raises:
         CompressionError: there are none, or they are of different steps.
@@ -316,24 +339,21 @@ def reshard(saved: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if len({state["step"] for state in saved}) != 1:
         raise CompressionError(f"compression states to merge are of one step, not of {[s['step'] for s in saved]}")
     slots = dict.fromkeys(slot for state in saved for slot in state["vectors"])
-    vectors = {slot: _mean([state["vectors"].get(slot, {}) for state in saved]) for slot in slots}
-    return {**saved[0], "vectors": vectors, "hooks": []}
+    parts = saved[0].get("node", 1) > 1
+    vectors = {slot: _mean([state["vectors"].get(slot, {}) for state in saved], parts) for slot in slots}
+    return {**saved[0], "node": EVERY, "vectors": vectors, "hooks": []}
 
 
-def _mean(saved: Sequence[Mapping[str, Mapping[int, Tensor]]]) -> dict[str, dict[int, Tensor]]:
-    """Mean over ranks of one memory."""
+def _mean(saved: Sequence[Mapping[str, Mapping[int, Tensor]]], parts: bool) -> dict[str, dict[int, Tensor]]:
+    """Mean over ranks of one memory; with `parts` over those that hold an element."""
     result = {}
     for name in dict.fromkeys(name for elements in saved for name in elements):
-        whole = [_assemble(elements.get(name, {})) for elements in saved]
-        longest = max(len(w) for w in whole)
-        padded = torch.stack([torch.nn.functional.pad(w, (0, longest - len(w))).double() for w in whole])
-        result[name] = {0: padded.mean(0).float()}
+        pieces = [elements.get(name, {}) for elements in saved]
+        length = max(int(start) + piece.numel() for kept in pieces for start, piece in kept.items())
+        total, holders = torch.zeros(length, dtype=torch.float64), torch.zeros(length)
+        for kept in pieces:
+            for start, piece in kept.items():
+                total[int(start) : int(start) + piece.numel()] += piece.cpu()
+                holders[int(start) : int(start) + piece.numel()] += 1
+        result[name] = {0: (total / (holders.clamp(min=1) if parts else len(saved))).float()}
     return result
-
-
-def _assemble(pieces: Mapping[int, Tensor]) -> Tensor:
-    length = max((int(start) + piece.numel() for start, piece in pieces.items()), default=0)
-    whole = torch.zeros(length)
-    for start, piece in pieces.items():
-        whole[int(start) : int(start) + piece.numel()] = piece.cpu()
-    return whole

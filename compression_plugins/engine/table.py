@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..config import Config
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from .plan import Plan, make_plan, unmatched
 from .session import Session
 
@@ -27,19 +27,22 @@ def explain(config: Config, model: nn.Module, size: int) -> str:
         ConfigError: a rule or an exemption matches no parameter.
         UnsupportedError: a scheme cannot run on so many ranks.
     """
+    if config.levels == "node":
+        raise UnsupportedError("levels: node depends on which ranks share a host: give their number for this table")
     config.check_ranks(size)
+    node = config.levels or 1
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     for _, message in unmatched(config, [*named, *frozen]):
         raise ConfigError(f"{message}. Correct it or remove it")
     plan = make_plan(config, Session.specs(named))
-    lines = [plan.table(size, config.every), "", *rows(plan, named, size, config.every)]
+    lines = [plan.table(size, config.every, node), "", *rows(plan, named, size, config.every, node)]
     if frozen:
         lines += ["", f"without a gradient, not sent: {', '.join(frozen)}"]
     return "\n".join(lines)
 
 
-def rows(plan: Plan, parameters: Mapping[str, Tensor], size: int, every: int = 1) -> list[str]:
+def rows(plan: Plan, parameters: Mapping[str, Tensor], size: int, every: int = 1, node: int = 1) -> list[str]:
     """A line for each tensor, in registration order, under a head. Bytes are those of a step and rank, of the tensor's
     part of its bucket; the ratio is to a dense ring in the tensor's own dtype.
     """
@@ -48,7 +51,7 @@ def rows(plan: Plan, parameters: Mapping[str, Tensor], size: int, every: int = 1
     for row in plan.rows:
         number, bucket, segment = places[row.name]
         part = segment.numel / bucket.numel if bucket.numel else 0.0
-        sent, dense = part * bucket.wire_bytes(size) / every, part * bucket.dense_bytes(size)
+        sent, dense = part * bucket.wire_bytes(size, node) / every, part * bucket.dense_bytes(size)
         parameter = parameters[row.name]
         cells.append((
             row.name,

@@ -54,9 +54,10 @@ class HorovodTransport(Transport):
         name = f"{self._name}.{min(ranks)}"
         try:
             for part in self._partition(ranks):
-                members = hvd_process_sets.add_process_set([self.process_set.ranks[rank] for rank in part])
+                members = _process_set([self.process_set.ranks[rank] for rank in part])
                 if self.rank in part:
                     mine = HorovodTransport(name, members)
+                    mine._root = self._root
         except ValueError as error:
             raise UnsupportedError(
                 f"horovod: groups of ranks need HOROVOD_DYNAMIC_PROCESS_SETS=1 in the environment ({error})"
@@ -122,6 +123,20 @@ class HorovodTransport(Transport):
         outward, inward = [0] * self.size, [0] * self.size
         outward[to], inward[source] = x.numel(), x.numel() if receive is None else receive
         return self._all_to_all(x, outward, inward)
+
+
+def _process_set(ranks: Sequence[int]) -> mpi_ops.ProcessSet:
+    """That of these ranks: the one that there is, for Horovod makes no second one, or a new one.
+
+    Raises:
+        ValueError: Horovod may not make groups after its start.
+    """
+    for number, members in hvd_process_sets._basics._get_process_set_ids_and_ranks().items():
+        if list(members) == list(ranks):
+            found = hvd_process_sets._temp_process_set_object(number)
+            found.ranks = list(ranks)
+            return found
+    return hvd_process_sets.add_process_set(list(ranks))
 
 
 class HorovodHandle:

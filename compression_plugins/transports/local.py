@@ -68,6 +68,7 @@ class LocalTransport(Transport):
         super().__init__()
         self.world, self.rank, self.size = world, rank, world.size
         self._name, self._parent, self._calls = name, parent, 0
+        self._counter: LocalTransport = self if parent is None else parent._counter
         self._scopes: dict[str, int] = {}
 
     def scoped(self, name: str) -> LocalTransport:
@@ -78,10 +79,12 @@ class LocalTransport(Transport):
     def subgroup(self, ranks: Sequence[int]) -> LocalTransport:
         members = sorted(ranks)
         group = self.world.groups.setdefault(tuple(members), LocalWorld(len(members)))
-        return group.transports[members.index(self.rank)]
+        part = group.transports[members.index(self.rank)]
+        part._counter = self._counter
+        return part
 
     def _count(self, nbytes: float) -> None:
-        (self._parent or self).sent += nbytes
+        self._counter.sent += nbytes
 
     def _post(self, kind: str, x: Tensor, argument: object = None) -> _LocalHandle:
         key = (self._name, self._calls)

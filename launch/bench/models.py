@@ -31,6 +31,12 @@ def load(name: str, compute_ms: float | None = None) -> Task | SyntheticTask:
     return SyntheticTask(name, compute_ms / 1e3)
 
 
+def optimizer(name: str) -> str:
+    """What the real model called `name` is trained with, as `advise --optimizer` calls it."""
+    task = _TASKS[name]
+    return "adam" if "betas" in task.optimizer(task.model(0).parameters()).defaults else "sgd"
+
+
 def mlp() -> tuple[nn.Module, Tensor]:
     """The perceptron, and the batch of one rank, for `advise --model launch.bench.models:mlp`."""
     return _example("mlp")

@@ -11,6 +11,7 @@ from compression_plugins.advise.choose import BASELINES
 from launch.lab.jobs import Job, environment, free_port
 from launch.results import read_records
 
+from . import models
 from .cells import Cell
 from .hosts import Lab, torchrun
 from .settings import REAL_MODELS, Choice
@@ -50,7 +51,7 @@ def arguments(cell: Cell, ours: Iterable[Choice], result: Path) -> list[str]:
     """Words of the command `advise` for the cell's model, with the experiment's schemes as candidates."""
     found = ["advise", "--json", str(result)]  # its host framework is the launcher's
     if cell.model in REAL_MODELS:
-        found += ["--model", f"launch.bench.models:{cell.model}"]
+        found += ["--model", f"launch.bench.models:{cell.model}", "--optimizer", models.optimizer(cell.model)]
     else:
         found += ["--shapes", cell.model, "--compute-ms", str(cell.compute_ms)]
     files = [choice.source for choice in ours if choice.source and choice.source != choice.label]

@@ -246,10 +246,11 @@ class NetLab:
         flags: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         log: Path | None = None,
+        ranks: int = 1,
     ) -> Job:
-        """`horovodrun FLAGS -np N -H ... COMMAND` typed on host 0, one rank a host."""
-        hosts = ",".join(f"{address}:1" for address in self.addresses)
-        launcher = [tool("horovodrun"), *flags, "-np", str(self.hosts), "-H", hosts]
+        """`horovodrun FLAGS -np N -H ... COMMAND` typed on host 0, with so many `ranks` on each host."""
+        hosts = ",".join(f"{address}:{ranks}" for address in self.addresses)
+        launcher = [tool("horovodrun"), *flags, "-np", str(ranks * self.hosts), "-H", hosts]
         # horovodrun remembers for an hour which hosts it could reach; ours are new each time.
         launcher += ["--network-interfaces", self.interface, "--disable-cache"]
         path = {"PATH": f"{self._shim}{os.pathsep}{os.environ['PATH']}"}

@@ -130,6 +130,21 @@ def test_explain_prints_every_tensor_with_its_rule_without_a_job(capsys: pytest.
     assert f"{total / 1e6:.3f} MB per step and rank" in out
 
 
+def test_explain_says_what_crosses_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["explain", "--config", "qsgd", "--model", "tests.engine.test_telemetry:example", "--ranks", "4"]
+    assert main([*words, "--set", "levels=2", "--set", "min_numel=0"]) == 0
+    out = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line}
+    total = sum(
+        float(row[4].replace(",", "")) for name, row in rows.items() if name in dict(example().named_parameters())
+    )
+    assert "levels: 2 nodes of 2 ranks" in out and f"{total / 1e6:.3f} MB per step and rank," in out
+    assert main([*words, "--set", "levels=node"]) == 2
+    assert "give their number" in capsys.readouterr().err
+    assert main([*words, "--set", "levels=3"]) == 2
+    assert "4 ranks cannot be divided into nodes of 3" in capsys.readouterr().err
+
+
 def example() -> torch.nn.Module:
     class Model(torch.nn.Module):
         def __init__(self) -> None:

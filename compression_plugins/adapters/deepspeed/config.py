@@ -108,6 +108,19 @@ def refuse_local_steps(engine: Any, config: Config) -> None:
     ))  # fmt: skip
 
 
+def refuse_levels(engine: Any, config: Config) -> None:
+    """Raise `UnsupportedError` where ranks cannot meet on two levels."""
+    stage = engine.zero_optimization_stage()
+    refuse((
+        (
+            config.levels is not None and stage > 0,
+            f"levels: {config.levels}: the ranks of a node share out the whole average, of which ZeRO stage {stage} "
+            "leaves a shard",
+            "set zero_optimization.stage to 0, or remove levels",
+        ),
+    ))  # fmt: skip
+
+
 def refuse_skips(engine: Any, config: Config) -> None:
     """Raise `UnsupportedError` where a step cannot be skipped."""
     from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer

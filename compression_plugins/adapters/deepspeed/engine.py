@@ -21,6 +21,7 @@ from .config import (
     parse,
     refuse_direction,
     refuse_engine,
+    refuse_levels,
     refuse_local_steps,
     refuse_skips,
     wire_dtype,
@@ -106,6 +107,7 @@ def attach(engine: Any, config: Config) -> DeepSpeedSession | None:
     refuse_engine(engine)
     one_bit.check(engine)
     refuse_local_steps(engine, config)
+    refuse_levels(engine, config)
     refuse_skips(engine, config)
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     refuse_direction(engine, config, size)

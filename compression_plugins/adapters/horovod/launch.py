@@ -136,6 +136,8 @@ class _Parser(argparse.ArgumentParser):
             self._refuse(error)
         if config is not None:
             os.environ[_VARIABLE] = json.dumps(config)
+            if config["levels"] is not None:
+                os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
         return parsed
 
     def _refuse(self, error: CompressionError) -> NoReturn:

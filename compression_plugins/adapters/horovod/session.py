@@ -76,6 +76,8 @@ class HorovodSession(Session):
                 f"horovod compression: direction: {config.direction.kind} keeps the same moments on every rank, and "
                 "ranks that join an elastic job have none: use a fixed number of ranks, or direction: gradient"
             )
+        if config.levels is not None:
+            self._refuse_levels(config.levels)
         self._watched = False
         if self.included:
             self.preload(self.process_set.rank(), self.process_set.size())
@@ -351,6 +353,21 @@ class HorovodSession(Session):
     def _elastic() -> bool:
         return os.environ.get("HOROVOD_ELASTIC") == "1"
 
+    def _refuse_levels(self, levels: Any) -> None:
+        """Raise `UnsupportedError` where the groups of ranks that `levels` needs cannot be made."""
+        asked = f"horovod compression: levels: {levels} "
+        if self._elastic():
+            raise UnsupportedError(f"{asked}makes groups of ranks once, and those of an elastic job change: remove it")
+        if self.process_set.process_set_id:
+            raise UnsupportedError(
+                f"{asked}divides all ranks of the job, and this optimizer has a process set: remove one of the two"
+            )
+        if os.environ.get("HOROVOD_DYNAMIC_PROCESS_SETS") != "1":
+            raise UnsupportedError(
+                f"{asked}makes groups of ranks: export HOROVOD_DYNAMIC_PROCESS_SETS=1 before the job starts, which "
+                "horovodrun --compression does"
+            )
+
     # -- hvd.join()
 
     def prepare_join(self) -> None:
@@ -369,6 +386,11 @@ class HorovodSession(Session):
             raise UnsupportedError(
                 "horovod compression: after hvd.join() a rank can only add zeros to sums, and with every > 1 it would "
                 "pull the weights to where it stopped; set every: 1, or give every rank the same number of steps"
+            )
+        if self.config.levels is not None:
+            raise UnsupportedError(
+                "horovod compression: after hvd.join() a rank can only add zeros to sums, and levels needs more: "
+                "remove the key, or give every rank the same number of steps"
             )
         if self.config.direction.shared:
             raise UnsupportedError(

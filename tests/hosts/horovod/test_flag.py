@@ -126,6 +126,20 @@ def test_the_launcher_imports_no_torch() -> None:
     assert done.stdout.split() == ["scalecom", "['true']"]
 
 
+@pytest.mark.parametrize(("levels", "groups"), [("node", "1"), ("null", "None")])
+def test_jobs_of_two_levels_may_make_groups_of_ranks(levels: str, groups: str) -> None:
+    arguments = ["horovodrun", "--compression", "qsgd", "--compression-set", f"levels={levels}", "-np", "2", "true"]
+    program = (
+        f"import os, sys; sys.argv = {arguments}\n"
+        "from compression_plugins.adapters.horovod import launch; launch.install()\n"
+        "from horovod.runner import launch; launch.parse_args()\n"
+        "print(os.environ.get('HOROVOD_DYNAMIC_PROCESS_SETS'))"
+    )
+    env = {key: value for key, value in os.environ.items() if key != "HOROVOD_DYNAMIC_PROCESS_SETS"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=env)
+    assert done.stdout.split() == [groups], done.stderr
+
+
 def test_workers_receive_the_whole_configuration(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("scheme: topk\nratio: 50\nrules:\n  - {match: 'a*', scheme: qsgd, bits: 4}\n")
