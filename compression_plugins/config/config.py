@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -146,6 +147,13 @@ class Config(Settings):
     def watches(self) -> bool:
         """Whether something is looked at beside the reduction, also of gradients that travel as they are."""
         return self.verify or self.check_every > 0 or self.on_nonfinite != "pass"
+
+    @property
+    def period(self) -> int:
+        """Rounds after which the traffic of all schemes repeats itself."""
+        schemes = [self.scheme, *(rule.scheme for rule in self.rules)]
+        share = self.direction.exact_share
+        return math.lcm(*(scheme.period for scheme in schemes), round(1 / share) if share else 1)
 
     def check_ranks(self, size: int) -> None:
         """Raises `UnsupportedError` if a scheme cannot run on `size` ranks, or they cannot be divided into nodes. Where

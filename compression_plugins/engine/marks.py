@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import triton_kernels as K
 from ..core.call import Call, Reduction, Segment
 from ..core.memory import Vector
+from ..schemes.base import Scheme
 
 _SAMPLE = 8  # elements of a row that are looked at first, spread over it: the first ones may be the margin of images
 
@@ -45,6 +46,14 @@ def marks_bits(segments: Sequence[Segment], size: int) -> float:
     """Bits that each of `size` ranks sends for its marks."""
     rows = sum(number for _, number, _ in rows_of(tuple(segments)))
     return (size - 1) * 32 * -(-rows // 32)
+
+
+def averaged(scheme: Scheme, x: Tensor, call: Call) -> Reduction:
+    """The scheme's own program, with marks of zeros where its code has no word for them."""
+    program = scheme.mean(x, call) if call.shards is None else scheme.scatter_mean(x, call)
+    if not scheme.says_zero:
+        program = marked(program, x, call, call.residual() if scheme.memory else None)
+    return (yield from program)
 
 
 def marked(program: Reduction, x: Tensor, call: Call, residual: Vector | None) -> Reduction:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,18 +21,17 @@ from ..schemes.base import NoCompression, Scheme
 from ..transports.base import Transport
 from ..transports.verified import Verified
 from ..triton_kernels import Key
+from .absence import ZeroTensors
 from .driver import Engine, Work
 from .health import Health
 from .ledger import Ledger
 from .levels import Levels
-from .marks import marked
+from .marks import averaged
 from .notice import warn
 from .plan import Bucket
 from .saved import STATE_VERSION
 from .state import EVERY, CallSlots, State
 from .telemetry import Cosine, Counters, Telemetry
-
-_SAMPLES = 32  # elements of a tensor that are looked at before all of it is
 
 
 class Reducer:
@@ -76,14 +74,14 @@ class Reducer:
         self.config, self.telemetry = config, telemetry
         self.transport = Verified(transport) if config.verify and transport.size > 1 else transport
         self.health = Health(config.on_nonfinite, self.transport)
-        self.ledger = Ledger(transport.size, _period(config), config.every)
+        self.ledger = Ledger(transport.size, config.period, config.every)
         self.state = State()
         self.engine = Engine(transport.ordered)
         self.step, self.beside = 0, 0.0
         self.parameters: Mapping[str, Tensor] = {}
         self._uses: dict[int, int] = {}  # reductions of a bucket in this step: micro-batches
         self._dense = 0.0  # bytes that the host would have sent
-        self._samples: dict[Bucket, Tensor] = {}
+        self._zeros = ZeroTensors()
         self._cosine = Cosine()
         self.levels: Levels | None = None
         self._formed, self._saved_node = False, EVERY
@@ -103,7 +101,7 @@ class Reducer:
             self.config.check_schemes(self.transport.size if levels.node == 1 else levels.nodes)
             if levels.node > 1:
                 self.levels = levels
-                self.ledger = Ledger(self.transport.size, _period(self.config), self.config.every, levels.node)
+                self.ledger = Ledger(self.transport.size, self.config.period, self.config.every, levels.node)
         self._check_parts()
 
     def _check_parts(self) -> None:
@@ -311,7 +309,7 @@ class Reducer:
         direction = GRADIENT if exact else bucket.direction
         scheme = NoCompression() if exact else self.scheme_of(bucket)
         # With shared moments a rank without a gradient has something to say all the same.
-        absent = frozenset() if direction.shared else absent | self._zero_tensors(bucket, flat)
+        absent = frozenset() if direction.shared else absent | self._zeros.names(bucket, flat)
         slots = CallSlots(self.state, bucket, bucket.role, absent)
         view = self.transport.scoped(f"{bucket.id:08x}")
         if isinstance(view, Verified):
@@ -334,7 +332,7 @@ class Reducer:
         beside = 0.0
 
         def average(own: Scheme, x: Tensor, call: Call) -> Reduction:
-            result = yield from _average(own, x, call)
+            result = yield from averaged(own, x, call)
             if direction.shared and own.memory:
                 restore_unless(finite(result), call.residual())  # also where the bad gradient was another rank's
             return result
@@ -363,7 +361,7 @@ class Reducer:
         self, part: Bucket, call: Call, average: Callable[[Tensor, Call], Reduction], x: Tensor, transport: Transport
     ) -> Reduction:
         """`x`, the node's mean of what this rank owns of a bucket, averaged over nodes."""
-        absent = self._zero_tensors(part, x) if x.is_cpu and not part.direction.shared else call.absent
+        absent = self._zeros.names(part, x) if x.is_cpu and not part.direction.shared else call.absent
         slots = CallSlots(self.state, part, part.role, absent, parts=True)
         key = call.key._replace(tensor=part.id, rank=transport.rank)
         try:
@@ -382,23 +380,6 @@ class Reducer:
         compressed = not (exact or self.scheme_of(bucket).host_dense or bucket.direction.formed)
         return bool(every) and self.step % every == 0 and compressed and shards is None and bucket.role == "gradient"
 
-    def _zero_tensors(self, bucket: Bucket, flat: Tensor) -> frozenset[str]:
-        """Names of the segments that are zero everywhere."""
-        if not flat.is_cpu or (bucket.scheme.host_dense and not bucket.direction.formed):
-            return frozenset()
-        places = self._samples.get(bucket)
-        if places is None:
-            places = self._samples[bucket] = _sample_places(bucket)
-        live = flat[places].view(len(bucket.segments), -1).ne(0).any(1)
-        if live.all():
-            return frozenset()
-        parts = flat.split([segment.numel for segment in bucket.segments])
-        return frozenset(
-            segment.name
-            for segment, part, alive in zip(bucket.segments, parts, live.tolist())
-            if not alive and not part.any()
-        )
-
     def _counters(self, skipped: bool) -> Counters:
         return Counters(
             step=self.step,
@@ -412,30 +393,5 @@ class Reducer:
         )
 
 
-def _average(scheme: Scheme, x: Tensor, call: Call) -> Reduction:
-    """The scheme's own program, with marks of zeros where its code has no word for them."""
-    program = scheme.mean(x, call) if call.shards is None else scheme.scatter_mean(x, call)
-    if not scheme.says_zero:
-        program = marked(program, x, call, call.residual() if scheme.memory else None)
-    return (yield from program)
-
-
 def _weights(bucket: Bucket, parameters: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([parameters[segment.name].detach().reshape(-1).float() for segment in bucket.segments])
-
-
-def _period(config: Config) -> int:
-    """Steps after which the traffic of all schemes repeats itself."""
-    schemes = [config.scheme, *(rule.scheme for rule in config.rules)]
-    share = config.direction.exact_share
-    return math.lcm(*(scheme.period for scheme in schemes), round(1 / share) if share else 1)
-
-
-def _sample_places(bucket: Bucket) -> Tensor:
-    """int64 [segments * samples]: places spread over each segment."""
-    places, start = [], 0
-    steps = torch.arange(_SAMPLES, dtype=torch.float64)
-    for segment in bucket.segments:
-        places.append(start + (steps * max(0, segment.numel - 1) / (_SAMPLES - 1)).long())
-        start += segment.numel
-    return torch.cat(places).clamp_(max=bucket.numel - 1)  # an empty segment may stand at the end

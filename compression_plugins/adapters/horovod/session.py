@@ -26,11 +26,11 @@ from ...engine.plan import make_plan
 from ...engine.saved import Folder, Judged, on_cpu, reader
 from ...engine.session import Session
 from ...errors import MismatchError, UnsupportedError
-from ...schemes import registry
 from ...transports.horovod import HorovodTransport
 from ..shared import forward
 from .handshake import Standing, compare, gather_texts
 from .memory import Memory, from_first_holder, mean_at_commit, share_out
+from .refusals import refuse_join, refuse_levels
 
 #: Sessions of optimizers that are still alive.
 sessions: weakref.WeakSet[HorovodSession] = weakref.WeakSet()
@@ -77,7 +77,7 @@ class HorovodSession(Session):
                 "ranks that join an elastic job have none: use a fixed number of ranks, or direction: gradient"
             )
         if config.levels is not None:
-            self._refuse_levels(config.levels)
+            refuse_levels(config.levels, self._elastic(), bool(self.process_set.process_set_id))
         self._watched = False
         if self.included:
             self.preload(self.process_set.rank(), self.process_set.size())
@@ -353,58 +353,15 @@ class HorovodSession(Session):
     def _elastic() -> bool:
         return os.environ.get("HOROVOD_ELASTIC") == "1"
 
-    def _refuse_levels(self, levels: Any) -> None:
-        """Raise `UnsupportedError` where the groups of ranks that `levels` needs cannot be made."""
-        asked = f"horovod compression: levels: {levels} "
-        if self._elastic():
-            raise UnsupportedError(f"{asked}makes groups of ranks once, and those of an elastic job change: remove it")
-        if self.process_set.process_set_id:
-            raise UnsupportedError(
-                f"{asked}divides all ranks of the job, and this optimizer has a process set: remove one of the two"
-            )
-        if os.environ.get("HOROVOD_DYNAMIC_PROCESS_SETS") != "1":
-            raise UnsupportedError(
-                f"{asked}makes groups of ranks: export HOROVOD_DYNAMIC_PROCESS_SETS=1 before the job starts, which "
-                "horovodrun --compression does"
-            )
-
     # -- hvd.join()
 
     def prepare_join(self) -> None:
-        """A rank that has joined adds zeros to sums and can do nothing else.
+        """A rank is about to join: it then adds zeros to sums and can do nothing else.
 
         Raises:
-            UnsupportedError: a bucket needs more than sums, and would crash Horovod's communication thread; or moments
-                that all ranks share, of which one that has joined learns nothing.
+            UnsupportedError: something needs more.
         """
-        if self.config.check_every:
-            raise UnsupportedError(
-                "horovod compression: after hvd.join() a rank takes no steps, so that check_every cannot compare "
-                "parameters; set check_every: 0, or give every rank the same number of steps"
-            )
-        if self.config.every > 1:
-            raise UnsupportedError(
-                "horovod compression: after hvd.join() a rank can only add zeros to sums, and with every > 1 it would "
-                "pull the weights to where it stopped; set every: 1, or give every rank the same number of steps"
-            )
-        if self.config.levels is not None:
-            raise UnsupportedError(
-                "horovod compression: after hvd.join() a rank can only add zeros to sums, and levels needs more: "
-                "remove the key, or give every rank the same number of steps"
-            )
-        if self.config.direction.shared:
-            raise UnsupportedError(
-                f"horovod compression: after hvd.join() a rank misses the moments that direction: "
-                f"{self.config.direction.kind} keeps alike on all: give every rank the same number of steps, or use "
-                "direction: gradient"
-            )
-        for bucket in self.plan.buckets:
-            if not bucket.scheme.sums_only or bucket.dtype == "bfloat16":
-                able = ", ".join(name for name in registry.names() if registry.get(name).sums_only)
-                raise UnsupportedError(
-                    f"horovod compression: after hvd.join() a rank can only add zeros to sums; {bucket.scheme.name!r} "
-                    f"needs more. Use a scheme of sums ({able}), or give every rank the same number of steps"
-                )
+        refuse_join(self.config, self.plan)
         if not self.is_open():
             self.open()
 
