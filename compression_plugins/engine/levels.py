@@ -64,6 +64,16 @@ class Levels:
         """What this rank owns of `bucket`."""
         return part(bucket, self.node, self.index)
 
+    def filling(self, bucket: Bucket) -> list[slice]:
+        """Elements of `self.part(bucket)` that stand behind the end of a tensor of `bucket`."""
+        found, place = [], 0
+        for whole, own in zip(bucket.segments, self.part(bucket).segments):
+            behind = min(own.numel, own.start + own.numel - whole.start - whole.numel)
+            place += own.numel
+            if behind > 0:
+                found.append(slice(place - behind, place))
+        return found
+
     def mean(
         self, bucket: Bucket, x: Tensor, across: Callable[[Tensor, Transport], Reduction]
     ) -> Program[tuple[Tensor, float]]:

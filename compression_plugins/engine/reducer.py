@@ -95,13 +95,13 @@ class Reducer:
         Raises:
             UnsupportedError: they cannot be made, or a scheme cannot run on so many nodes.
         """
-        self._formed = True
-        if self.config.levels is not None and self.transport.size > 1:
+        self._formed, size = True, self.transport.size
+        if self.config.levels is not None and size > 1:
             levels = Levels(self.transport, self.config.levels, device)
-            self.config.check_schemes(self.transport.size if levels.node == 1 else levels.nodes)
+            self.config.check_schemes(size if levels.node == 1 else levels.nodes)
             if levels.node > 1:
                 self.levels = levels
-                self.ledger = Ledger(self.transport.size, self.config.period, self.config.every, levels.node)
+                self.ledger = Ledger(size, self.config.period, self.config.every, levels.node)
         self._check_parts()
 
     def _check_parts(self) -> None:
@@ -272,7 +272,8 @@ class Reducer:
         `torch.load(..., weights_only=True)`. Differs on every rank.
         """
         own = {"version": STATE_VERSION, "step": self.step, "size": self.transport.size, "node": self.node}
-        return {**own, **self.state.state_dict()}
+        lengths = {name: p.numel() for name, p in self.parameters.items()}
+        return {**own, **self.state.state_dict(lengths)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue, bit for bit, from `state_dict()` of the same rank; for another number of ranks use `reshard`
@@ -342,7 +343,7 @@ class Reducer:
             own = NoCompression() if exact else scheme
             if self.levels is None or own.host_dense:
                 return (yield from average(own, x, scheme_call))
-            across = partial(self._across, self.levels.part(bucket), scheme_call, partial(average, own))
+            across = partial(self._across, bucket, scheme_call, partial(average, own))
             result, beside = yield from self.levels.mean(bucket, x, across)
             return result
 
@@ -358,19 +359,21 @@ class Reducer:
             slots.close()
 
     def _across(
-        self, part: Bucket, call: Call, average: Callable[[Tensor, Call], Reduction], x: Tensor, transport: Transport
+        self, bucket: Bucket, call: Call, average: Callable[[Tensor, Call], Reduction], x: Tensor, transport: Transport
     ) -> Reduction:
         """`x`, the node's mean of what this rank owns of a bucket, averaged over nodes."""
+        assert self.levels is not None
+        part = self.levels.part(bucket)
         absent = self._zeros.names(part, x) if x.is_cpu and not part.direction.shared else call.absent
         slots = CallSlots(self.state, part, part.role, absent, parts=True)
         key = call.key._replace(tensor=part.id, rank=transport.rank)
+        own = replace(call, transport=transport, key=key, segments=part.segments, state=slots, absent=absent)
         try:
-            return (yield from average(
-                x,
-                replace(
-                    call, transport=transport, key=key, segments=part.segments, state=slots, absent=absent, weights=None
-                ),
-            ))  # fmt: skip
+            result = yield from average(x, own)
+            if part.scheme.memory:
+                for place in self.levels.filling(bucket):
+                    own.residual().new[place] = 0
+            return result
         finally:
             slots.close()
 

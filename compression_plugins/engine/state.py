@@ -88,8 +88,13 @@ class Elements:
         """Every piece of every parameter."""
         return [piece for pieces in self.pieces.values() for piece in pieces.values()]
 
-    def state_dict(self) -> dict[str, dict[int, Tensor]]:
-        return {name: {start: p.clone() for start, p in pieces.items()} for name, pieces in self.pieces.items()}
+    def state_dict(self, lengths: Mapping[str, int]) -> dict[str, dict[int, Tensor]]:
+        """Without what stands behind the end of a parameter whose length is known."""
+        return {
+            name: {start: p[: max(0, lengths[name] - start)].clone() if name in lengths else p.clone()
+                   for start, p in pieces.items()}
+            for name, pieces in self.pieces.items()
+        }  # fmt: skip
 
     def load_state_dict(self, saved: Mapping[str, Mapping[int, Tensor]]) -> None:
         self.flats.clear()
@@ -244,16 +249,19 @@ class State:
         vectors = [piece for v in self._vectors.values() for e in (v.kept, v.running) for piece in e.all()]
         return sum(tensor.numel() * tensor.element_size() for tensor in (*vectors, *self.tensors.values()))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, lengths: Mapping[str, int] | None = None) -> dict[str, Any]:
         """Copies as of the last commit: `vectors` as slot -> parameter -> first element -> fp32 [n], and `tensors` as
         slot -> parameter -> tensor.
+
+        Args:
+            lengths: of parameters, behind whose ends nothing is kept.
         """
         tensors: dict[str, dict[str, Tensor]] = {}
         for (slot, name), tensor in self.tensors.items():
             kept = self._before.get((slot, name), tensor)
             if kept is not None:
                 tensors.setdefault(slot, {})[name] = kept.clone()
-        vectors = {slot: vector.kept.state_dict() for slot, vector in self._vectors.items()}
+        vectors = {slot: vector.kept.state_dict(lengths or {}) for slot, vector in self._vectors.items()}
         return {"vectors": vectors, "tensors": tensors}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
