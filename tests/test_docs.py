@@ -53,7 +53,6 @@ DDP_JOBS = ("compression-plugins torchrun ", "env COMPRESSION_PLUGINS_CONFIG")
 #: One of each kind; the others differ in schemes and settings, and all flags have their tests in tests/hosts.
 EVERY_CHANGE = (
     "horovodrun --compression scalecom.yaml --compression-set ratio=50 -np 2 python train.py",
-    "horovodrun --config-file job.yaml -np 2 python train.py",
     "deepspeed --num_accelerators 2 train_deepspeed.py --deepspeed_config ds_config.json",
     "compression-plugins torchrun --compression scalecom --standalone --nproc-per-node 2 train_ddp.py",
 )

@@ -127,8 +127,8 @@ class Transport(ABC):
 
     @abstractmethod
     def subgroup(self, ranks: Sequence[int]) -> Transport:
-        """A transport of its own among some of these ranks, of which this is one, for example those of one host; what
-        it sends counts in `sent` of this one.
+        """A transport of its own among some of these ranks, of which this is one, for example those of one host. What
+        it sends counts in its `sent`, and in that of this one.
 
         Every rank of this transport calls it, at the same time and in the same order as the others, with the ranks of
         the group that it belongs to; groups do not overlap. Ranks count in ascending order.

@@ -43,6 +43,7 @@ class HorovodTransport(Transport):
         self.process_set = process_set or mpi_ops.global_process_set
         self.rank, self.size = self.process_set.rank(), self.process_set.size()
         self._name, self._root, self._calls = name, self, 0
+        self._above: HorovodTransport | None = None  # of which this is a group
 
     def scoped(self, name: str) -> HorovodTransport:
         view = object.__new__(HorovodTransport)
@@ -57,7 +58,7 @@ class HorovodTransport(Transport):
                 members = _process_set([self.process_set.ranks[rank] for rank in part])
                 if self.rank in part:
                     mine = HorovodTransport(name, members)
-                    mine._root = self._root
+                    mine._above = self
         except ValueError as error:
             raise UnsupportedError(
                 f"horovod: groups of ranks need HOROVOD_DYNAMIC_PROCESS_SETS=1 in the environment ({error})"
@@ -66,6 +67,8 @@ class HorovodTransport(Transport):
 
     def _count(self, nbytes: float) -> None:
         self._root.sent += nbytes
+        if self._root._above is not None:
+            self._root._above._count(nbytes)
 
     def _next(self, operation: str) -> dict[str, Any]:
         self._calls += 1

@@ -68,7 +68,7 @@ class LocalTransport(Transport):
         super().__init__()
         self.world, self.rank, self.size = world, rank, world.size
         self._name, self._parent, self._calls = name, parent, 0
-        self._counter: LocalTransport = self if parent is None else parent._counter
+        self._above: LocalTransport | None = None  # of which this is a group
         self._scopes: dict[str, int] = {}
 
     def scoped(self, name: str) -> LocalTransport:
@@ -80,11 +80,14 @@ class LocalTransport(Transport):
         members = sorted(ranks)
         group = self.world.groups.setdefault(tuple(members), LocalWorld(len(members)))
         part = group.transports[members.index(self.rank)]
-        part._counter = self._counter
+        part._above = self
         return part
 
     def _count(self, nbytes: float) -> None:
-        self._counter.sent += nbytes
+        root = self._parent or self
+        root.sent += nbytes
+        if root._above is not None:
+            root._above._count(nbytes)
 
     def _post(self, kind: str, x: Tensor, argument: object = None) -> _LocalHandle:
         key = (self._name, self._calls)

@@ -50,7 +50,7 @@ class TorchDistributed(Transport):
         self.group: dist.ProcessGroup = group if group is not None else dist.group.WORLD  # type: ignore[assignment]
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self._parent = _parent
-        self._counter: TorchDistributed = self if _parent is None else _parent._counter
+        self._above: TorchDistributed | None = None  # of which this is a group
         if _parent is None:
             self._on_gloo = "cpu:gloo" in dist.get_backend_config(self.group).split(",")
             self._flying: deque[_Exchange] = deque()
@@ -65,11 +65,14 @@ class TorchDistributed(Transport):
         members = [dist.get_global_rank(self.group, rank) for rank in sorted(ranks)]
         # Among themselves: where this is a part of the job, the others do not know of it.
         part = TorchDistributed(dist.new_group(members, use_local_synchronization=True))
-        part._counter = self._counter
+        part._above = self
         return part
 
     def _count(self, nbytes: float) -> None:
-        self._counter.sent += nbytes
+        (self._parent or self).sent += nbytes
+        above = (self._parent or self)._above
+        if above is not None:
+            above._count(nbytes)
 
     def _all_reduce(self, x: Tensor) -> Handle:
         result = x.clone()

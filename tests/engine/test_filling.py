@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compression_plugins.engine import loss_scale
+from compression_plugins.engine.absence import ZeroTensors
 from compression_plugins.engine.filling import Fillings
 from compression_plugins.engine.plan import Plan, TensorSpec, make_plan
 from compression_plugins.engine.reducer import Reducer
@@ -143,7 +144,7 @@ def test_a_bucket_is_exact_if_any_of_its_gradients_must_be() -> None:
 
 
 def test_what_a_rank_lacks_counts_as_zero_and_its_residual_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Reducer, "_zero_tensors", lambda *_: frozenset())  # as on a GPU, where nobody looks
+    monkeypatch.setattr(ZeroTensors, "names", lambda *_: frozenset())  # as on a GPU, where nobody looks
     shapes = {n: SHAPES[n] for n in ("conv", "alone")}
     hosts = Hosts(config("topk", ratio=10.0), shapes)
     for step in range(2):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compression_plugins.engine.reducer import Reducer
+from compression_plugins.engine.absence import ZeroTensors
 
 from ..world import SHAPES, World, assert_same, config, mean, written
 from .test_reduction import CASES, WITH_MEMORY
@@ -63,7 +63,7 @@ def test_what_no_rank_has_comes_back_as_zeros_and_its_memory_stays(
 ) -> None:
     """`told` by the host, or `found` to be zero everywhere."""
     if told:
-        monkeypatch.setattr(Reducer, "_zero_tensors", lambda *_: frozenset())  # as on a GPU, where nobody looks
+        monkeypatch.setattr(ZeroTensors, "names", lambda *_: frozenset())  # as on a GPU, where nobody looks
     world = World(config(name, **variant), size)
     absent = [[IDLE]] * size
     for step in range(6):

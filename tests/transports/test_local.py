@@ -37,15 +37,17 @@ def test_local_keeps_the_contract(size: int) -> None:
 
 @pytest.mark.parametrize("groups", [[[0, 1], [2, 3]], [[0, 3], [1, 2]], [[3, 1, 0], [2]]], ids=str)
 def test_groups_of_ranks_keep_the_contract_by_themselves(groups: list[list[int]]) -> None:
-    """Ranks count in ascending order, whatever order they are named in; bytes are those of the group."""
-    world = LocalWorld(4)
+    """Ranks count in ascending order, whatever order they are named in; bytes are the group's and the whole's."""
+    world, sent = LocalWorld(4), {}
     for group in groups:
         members = [world.transports[rank].subgroup(group) for rank in sorted(group)]
         assert [(t.rank, t.size) for t in members] == [(i, len(group)) for i in range(len(group))]
         keep(members)
+        sent |= {rank: member.sent for rank, member in zip(sorted(group), members)}
         halves = [transport.subgroup([transport.rank]) for transport in members]
         assert [(t.rank, t.size) for t in halves] == [(0, 1)] * len(group)
-    assert [transport.sent for transport in world.transports] == [0.0] * 4
+    assert [transport.sent for transport in world.transports] == [sent[rank] for rank in range(4)]
+    assert any(sent.values())
 
 
 def test_nothing_is_kept_of_an_operation_that_every_rank_has_finished() -> None:

@@ -141,12 +141,16 @@ def process_sets_count_their_own_ranks() -> list:
 @check
 def groups_of_ranks_need_dynamic_process_sets() -> list[bool]:
     from compression_plugins.errors import UnsupportedError
-    from compression_plugins.transports.horovod import HorovodTransport
+    from compression_plugins.transports import horovod
 
+    basics = horovod.hvd_process_sets._basics
+    known, basics._get_process_set_ids_and_ranks = basics._get_process_set_ids_and_ranks, dict  # that of all ranks is
     try:
-        HorovodTransport("groups").subgroup([0])
+        horovod.HorovodTransport("groups").subgroup([0])
     except UnsupportedError as error:
         return ["HOROVOD_DYNAMIC_PROCESS_SETS=1" in str(error)]
+    finally:
+        basics._get_process_set_ids_and_ranks = known
     return []
 
 
