@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import triton_kernels as K
 from ..core.call import Role, Segment
 from ..core.memory import Vector
 from ..errors import CompressionError
@@ -241,7 +242,7 @@ class State:
     def norm(self) -> float:
         """Euclidean norm of all residuals."""
         residuals = self._vectors.get(_RESIDUAL)
-        squares = [piece.double().square().sum().cpu() for piece in residuals.kept.all()] if residuals else []
+        squares = [K.stats(piece)[2].double().cpu() for piece in residuals.kept.all()] if residuals else []
         return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
     def nbytes(self) -> int:

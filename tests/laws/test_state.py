@@ -79,6 +79,14 @@ def test_memory_follows_elements_into_other_buckets() -> None:
     assert residual(state, bucket(("a", 0, 4), ("b", 0, 3))).tolist() == [0, 1, 20, 30, 40, 5, 6]
 
 
+def test_the_norm_is_that_of_all_residuals() -> None:
+    state, values = State(), torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    residual(state, bucket(("a", 0, 60_000), ("b", 0, 40_000))).copy_(values)
+    momentum(state, bucket(("a", 0, 60_000))).fill_(7)
+    state.commit()
+    assert state.norm() == pytest.approx(float(values.double().norm()), rel=1e-6)
+
+
 def test_a_bucket_that_stays_keeps_its_memory_in_place() -> None:
     state = State()
     one = bucket(("a", 0, 4))
