@@ -34,7 +34,7 @@ from ...transports.torch_distributed import TorchDistributed
 from ..shared import forward
 from ..shared.forward import after_this_backward, watch_parts
 from ..shared.store_handshake import handshake
-from .model import hook_of, image, refuse, sparse
+from .model import hook_of, image, refuse, refuse_join, sparse
 
 _DROPS = 20  # reductions thrown away before any optimizer has stepped, until somebody is told
 _MICRO = 1 << 20  # more reductions than a step has
@@ -255,21 +255,8 @@ class Compression:
 
     def before_forward(self, training: bool) -> None:
         """A forward pass with gradients begins."""
-        if self._joining() and self.session.config.check_every:
-            raise UnsupportedError(
-                "DDP compression: in join() ranks without data take no steps, so that check_every cannot compare "
-                "parameters; set check_every: 0, or give every rank the same number of batches"
-            )
-        if self._joining() and self.session.config.every > 1:
-            raise UnsupportedError(
-                "DDP compression: in join() ranks without data add zeros to gradients, which with every > 1 do not "
-                "travel; set every: 1, or give every rank the same number of batches"
-            )
-        if self._joining() and not getattr(self._ddp(), "_divide_by_initial_world_size", True):
-            raise UnsupportedError(
-                "DDP compression: join(divide_by_initial_world_size=False) divides by ranks that are still there, "
-                "which no communication hook can; leave it at True"
-            )
+        if self._joining():
+            refuse_join(self.session.config, self._ddp())
         if self._backward is None and (self._reductions or self.session.hooks):
             live = [p for p in self.session.parameters.values() if p.requires_grad]
             self._backward = register_multi_grad_hook(live, self._begin_backward, mode="any")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ...config import Config
 from ...errors import UnsupportedError
 
 
@@ -56,3 +57,24 @@ def image(gradient: Tensor, p: Tensor, buffer: Tensor) -> Tensor:
 def _dense(p: Tensor) -> bool:
     strides = p.stride()
     return p.permute(sorted(range(p.dim()), key=lambda i: -strides[i])).is_contiguous()
+
+
+def refuse_join(config: Config, ddp: Any) -> None:
+    """Raise `UnsupportedError` where ranks without data, which `ddp.join()` lets take part with zeros, would spoil what
+    the others share.
+    """
+    if config.check_every:
+        raise UnsupportedError(
+            "DDP compression: in join() ranks without data take no steps, so that check_every cannot compare "
+            "parameters; set check_every: 0, or give every rank the same number of batches"
+        )
+    if config.every > 1:
+        raise UnsupportedError(
+            "DDP compression: in join() ranks without data add zeros to gradients, which with every > 1 do not "
+            "travel; set every: 1, or give every rank the same number of batches"
+        )
+    if not getattr(ddp, "_divide_by_initial_world_size", True):
+        raise UnsupportedError(
+            "DDP compression: join(divide_by_initial_world_size=False) divides by ranks that are still there, "
+            "which no communication hook can; leave it at True"
+        )
